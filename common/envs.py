@@ -1,0 +1,159 @@
+"""make_envs: the only place that builds environments."""
+
+import difflib
+import multiprocessing
+import signal
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AutoresetMode, VectorWrapper
+from gymnasium.wrappers.vector import NormalizeObservation, RecordEpisodeStatistics
+
+from common.errors import UserError
+
+EXTRAS = {"mujoco": "mujoco", "box2d": "box2d", "ale_py": "atari", "ALE/": "atari"}
+
+
+def env_seed(seed: int, env_steps: int) -> int:
+    """Seed for a reset of all environments at `env_steps`; environment i takes this plus i."""
+    return int(np.random.SeedSequence([seed, env_steps]).generate_state(1)[0] >> 2)
+
+
+def make_envs(args, num_envs: int | None = None, evaluation: bool = False, render: bool = False) -> "Envs":
+    """Vector environment of `args.env_id` with autoreset NEXT_STEP; scripts and networks see actions in [-1, 1].
+
+    `evaluation`: true rewards and frozen statistics; `render`: for Envs.picture. Raises UserError for an
+    unknown environment, a missing extra or a space that no script supports.
+    """
+    num_envs = num_envs or args.num_envs
+    spec = find_spec(args.env_id)
+    atari = spec.vector_entry_point == "ale_py.vector_env:AtariVectorEnv"
+    native = args.vectorization == "auto" and spec.vector_entry_point is not None
+    options = {}
+    if atari:
+        if not native:
+            raise UserError(f"{args.env_id} has its own C++ vector environment; leave --vectorization at auto.")
+        options["reward_clipping"] = False  # clipped by Envs, after the true return has been counted
+    elif render:
+        options |= {"vectorization_mode": "sync", "render_mode": "rgb_array"}
+    elif not native:
+        is_async = args.vectorization == "async"
+        options["vectorization_mode"] = "async" if is_async else "sync"
+        if is_async:  # a fork after torch has started threads can hang
+            options |= {"vector_kwargs": {"context": "spawn"}, "wrappers": [ignore_interrupt]}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gymnasium's remarks on spaces; unsupported ones are refused below
+            envs = gym.make_vec(spec, num_envs=num_envs, **options)
+    except (ImportError, gym.error.DependencyNotInstalled) as error:
+        raise missing_extra(args.env_id, str(spec.entry_point), error) from None
+    if envs.metadata.get("autoreset_mode") != AutoresetMode.NEXT_STEP:
+        raise UserError(f"{args.env_id} does not use gymnasium's autoreset mode NEXT_STEP, on which all scripts rely.")
+    try:
+        check_spaces(envs.single_observation_space, envs.single_action_space, args)
+    except UserError:
+        envs.close()
+        raise
+    envs = RecordEpisodeStatistics(envs)
+    if getattr(args, "normalize_obs", False):
+        envs = NormalizeObservation(envs)
+        envs.update_running_mean = not evaluation
+    return Envs(envs, clip_rewards=atari and not evaluation)
+
+
+class Envs(VectorWrapper):
+    """Maps actions from [-1, 1] to the bounds of a Box, and clips Atari's rewards to [-1, 1] (Mnih et al. 2015)."""
+
+    def __init__(self, envs, clip_rewards: bool):
+        super().__init__(envs)
+        space = envs.single_action_space
+        self._box = isinstance(space, Box)
+        if self._box:
+            self._centre, self._half_range = (space.high + space.low) / 2, (space.high - space.low) / 2
+            self.single_action_space = Box(-1.0, 1.0, space.shape, space.dtype)
+        else:
+            self._start = int(space.start)
+        self._clip_rewards = clip_rewards
+
+    def step(self, actions: np.ndarray):
+        if self._box:  # a Gaussian's sample may lie outside
+            actions = (self._centre + self._half_range * actions.clip(-1.0, 1.0)).astype(self._centre.dtype)
+        elif self._start:
+            actions = actions + self._start
+        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        if self._clip_rewards:
+            rewards = rewards.clip(-1, 1)
+        return obs, rewards, terminated, truncated, infos
+
+    def picture(self, obs: np.ndarray) -> np.ndarray:
+        """The first environment as an RGB picture (H, W, 3); Atari's does not render: what the agent sees, enlarged."""
+        if self.render_mode == "rgb_array":
+            return self.render()[0]
+        return np.repeat(obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None], 3, axis=-1)
+
+    def state_dict(self) -> dict:
+        """Statistics of the observation normalization, if there is one."""
+        if not isinstance(self.env, NormalizeObservation):
+            return {}
+        rms = self.env.obs_rms
+        return {"mean": torch.from_numpy(rms.mean), "var": torch.from_numpy(rms.var), "count": float(rms.count)}
+
+    def load_state_dict(self, state: dict):
+        if isinstance(self.env, NormalizeObservation):
+            rms = self.env.obs_rms
+            rms.mean, rms.var, rms.count = state["mean"].numpy().copy(), state["var"].numpy().copy(), state["count"]
+
+
+def find_spec(env_id: str):
+    """gymnasium's spec of an environment; raises UserError with near matches."""
+    try:
+        import ale_py  # registers ALE/...; part of the extra `atari`
+
+        gym.register_envs(ale_py)
+    except ImportError:
+        if env_id.startswith("ALE/"):
+            raise missing_extra(env_id, "ale_py") from None
+    package, _, name = env_id.rpartition(":")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if package:
+                __import__(package)
+            return gym.spec(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"--env-id {env_id}: there is no package {error.name!r} to import.") from None
+    except gym.error.Error:
+        near = difflib.get_close_matches(name, gym.registry, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see gymnasium.pprint_registry() for those there are."
+        raise UserError(f"There is no environment {env_id!r}; {hint}") from None
+
+
+def missing_extra(env_id: str, entry_point: str, error: Exception | None = None) -> UserError:
+    for part, extra in EXTRAS.items():
+        if part in entry_point:
+            return UserError(f'{env_id} needs an extra: pip install -e ".[{extra}]"')
+    return UserError(f"{env_id} cannot be built: {error}")
+
+
+def check_spaces(observation_space, action_space, args):
+    """Raises UserError, naming the space and what to use instead, for spaces that no script supports."""
+    shape = observation_space.shape if isinstance(observation_space, Box) else None
+    if shape is None or len(shape) not in (1, 3):
+        raise UserError(f"The observation space {observation_space} is not supported; gymnasium.wrappers.FlattenObservation makes it a vector.")
+    if len(shape) == 3 and (observation_space.dtype != np.uint8 or shape[0] > 16 or min(shape[1:]) < 36):
+        raise UserError(f"Images must be uint8, channels first and at least 36 x 36, not {observation_space}; gymnasium.wrappers.TransformObservation can bring them there.")
+    if len(shape) == 3 and getattr(args, "normalize_obs", False):
+        raise UserError("--normalize-obs is for vectors; images are scaled in the network.")
+    bounded = isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.is_bounded()
+    if not bounded and not isinstance(action_space, Discrete):
+        raise UserError(f"The action space {action_space} is not supported; use Discrete or a bounded one-dimensional Box (gymnasium.wrappers.TransformAction maps others to it).")
+
+
+def ignore_interrupt(env):
+    """In a worker process: Ctrl-C reaches all processes of a terminal, but only the main one may answer it."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return env
