@@ -24,9 +24,9 @@ def save_checkpoint(run_dir: Path, content: dict):
     temporary.replace(path)
 
 
-def load_checkpoint(run_dir: Path, script: str) -> dict:
+def load_checkpoint(run_dir: str | Path, script: str) -> dict:
     """Reads run_dir/checkpoint.pt with `weights_only`; raises UserError if it is missing, damaged or foreign."""
-    path = run_dir / "checkpoint.pt"
+    path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"{str(run_dir)!r} holds no checkpoint.pt.")
     try:

@@ -45,7 +45,7 @@ def evaluate(agent, args, env_state: dict, episodes: int, seed: int | None = Non
     return returns, lengths
 
 
-def load_agent(run_dir: Path):
+def load_agent(run_dir: str | Path):
     """The trained agent of a run folder, its Args, and the statistics of its environments."""
     saved = read_args(run_dir)
     script = importlib.import_module(saved["script"])

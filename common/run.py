@@ -91,21 +91,21 @@ def resumed(args: RunArgs, script: str) -> RunArgs:
         raise UserError(f"{args.resume!r} was made by {saved['script']}.py; resume it with that script.")
     if "run_dir" in args._given and args.run_dir is not None:
         raise UserError("--resume goes on in its own folder; leave --run-dir away.")
-    names = {field.name for field in dataclasses.fields(args)}
-    kept = {name: value for name, value in saved.items() if name in names - args._given}
-    return dataclasses.replace(args, **kept, resume=args.resume, run_dir=None)
+    names = {field.name for field in dataclasses.fields(args)} - args._given - {"resume", "run_dir"}
+    return dataclasses.replace(args, **{name: value for name, value in saved.items() if name in names})
 
 
-def run_cli(train, Args, doc: str):
-    """Command line of a script: parse, train; an error that the user can mend ends in one sentence, without a traceback."""
-    default = None
-    for i, word in enumerate(sys.argv):  # the resumed run's flags become the defaults of this command line
+def run_cli(train, Args):
+    """Command line of a script: parse, train; what the user can mend ends in one sentence, without a traceback."""
+    module = sys.modules[train.__module__]
+    folder = None
+    for word, following in zip(sys.argv, [*sys.argv[1:], None]):
         if word == "--resume" or word.startswith("--resume="):
-            default = word[len("--resume=") :] if "=" in word else "".join(sys.argv[i + 1 : i + 2])
+            folder = following if word == "--resume" else word.partition("=")[2]
     try:
-        if default is not None:
-            default = resumed(Args(resume=default), Path(sys.argv[0]).stem)
-        train(tyro.cli(Args, default=default, description=doc.split("\n\n")[0]))
+        # The resumed run's flags are the defaults of this command line
+        default = None if folder is None else resumed(Args(resume=folder), Path(module.__file__).stem)
+        train(tyro.cli(Args, default=default, description=module.__doc__.partition("\n\n")[0]))
     except UserError as error:
         sys.exit(f"error: {error}")
 
@@ -148,6 +148,7 @@ class Run:
             self._restore(saved)
         flags = {"script": self.script.stem} | dataclasses.asdict(self.args) | {"resume": None}
         write_json(self.dir / "args.json", flags)
+        print(f"{self.script.name} on {self.args.env_id}, {self.device}, run folder {self.dir}", file=sys.stderr)
         self.logger = Logger(self.dir, self.args.total_timesteps, self.env_steps, self._seconds)
         if saved is not None:
             self.logger.load_state_dict(saved["logger"])
@@ -182,7 +183,6 @@ class Run:
                 self._handlers[number] = signal.signal(number, self._request_stop)
         except ValueError:  # not in the main thread: whoever started the thread handles signals
             pass
-        print(f"{self.script.name} on {self.args.env_id}, {self.device}: {self.dir}", file=sys.stderr)
         return self
 
     def __exit__(self, *_):

@@ -1,0 +1,332 @@
+"""The equations of a2c_sync.py against brute force, exact enumeration and numbers worked out by hand."""
+
+import math
+import re
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import a2c_sync
+from a2c_sync import Actor, ActorCritic, Args, Categorical, Critic, Gaussian, actor_loss_fn, critic_loss_fn, gae
+from common.optim import RMSpropA3C
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# --- Advantages -------------------------------------------------------------------------------------------------------
+
+
+def brute_force(rewards, values, terminated, done, gamma, lam):
+    """Â_t as the λ-weighted sum of n-step advantages, O(T²) and worse; every sum stops at the episode's end."""
+    T = len(rewards)
+    result = []
+    for t in range(T):
+        end = next((k for k in range(t, T) if done[k]), T - 1)  # last step of this episode inside the rollout
+        n_step = []
+        for last in range(t, end + 1):
+            ret = sum(gamma ** (k - t) * rewards[k] for k in range(t, last + 1))
+            ret += gamma ** (last - t + 1) * (1 - terminated[last]) * values[last + 1]
+            n_step.append(ret - values[t])
+        n = len(n_step)
+        weights = [(1 - lam) * lam**i for i in range(n - 1)] + [lam ** (n - 1)]
+        result.append(sum(w * a for w, a in zip(weights, n_step)))
+    return result
+
+
+@pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (0.9, 1.0), (1.0, 0.0), (0.7, 0.5)])
+def test_gae_is_the_lambda_weighted_sum_of_n_step_advantages(gamma, lam):
+    rng = np.random.default_rng(0)
+    T, N = 12, 50
+    rewards, values = torch.tensor(rng.normal(size=(T, N))), torch.tensor(rng.normal(size=(T + 1, N)))
+    terminated = torch.tensor((rng.random((T, N)) < 0.2).astype(float))
+    truncated = torch.tensor((rng.random((T, N)) < 0.2).astype(float))
+    done = torch.maximum(terminated, truncated)
+    assert (terminated * truncated).any()  # both at once: terminated counts
+    advantages, returns = gae(rewards, values, terminated, done, gamma, lam)
+    expected = torch.tensor(
+        [brute_force(*(x[:, n].tolist() for x in (rewards, values, terminated, done)), gamma, lam) for n in range(N)]
+    ).T
+    torch.testing.assert_close(advantages, expected)
+    torch.testing.assert_close(returns, expected + values[:-1])
+
+
+def test_two_episodes_in_one_rollout_equal_each_alone():
+    """Episode one is truncated after step 2; step 3 only resets; episode two runs on (pitfalls 2 and 4)."""
+    rewards, values = torch.randn(7, 1), torch.randn(8, 1)
+    terminated, done = torch.zeros(7, 1), torch.zeros(7, 1)
+    done[2] = 1
+    both, _ = gae(rewards, values, terminated, done, 0.9, 0.8)
+    first, _ = gae(rewards[:3], values[:4], terminated[:3], done[:3], 0.9, 0.8)
+    second, _ = gae(rewards[4:], values[4:], terminated[4:], done[4:], 0.9, 0.8)
+    torch.testing.assert_close(both[:3], first)
+    torch.testing.assert_close(both[4:], second)
+
+
+def test_rollouts_of_one_step():
+    """T = 1, pitfall 5: Â = r + γV(s') − V(s), without the bootstrap only if terminated."""
+    rewards, values = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[2.0, 2.0, 2.0], [10.0, 10.0, 10.0]])
+    terminated, done = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.0, 1.0, 1.0]])
+    advantages, _ = gae(rewards, values, terminated, done, 0.5, 0.95)
+    assert advantages.tolist() == [[4.0, 4.0, -1.0]]
+
+
+# --- A small MDP, enumerated exactly ----------------------------------------------------------------------------------
+
+S, A = 3, 2
+TERMINAL = S  # entering it terminates
+
+
+class MDP:
+    """3 states, 2 actions, random transitions that may terminate, rewards r(s, a)."""
+
+    def __init__(self, seed=0):
+        rng = np.random.default_rng(seed)
+        self.P = torch.tensor(rng.dirichlet(np.ones(S + 1), (S, A)))  # (S, A, S + 1)
+        self.R = torch.tensor(rng.normal(size=(S, A)))
+        self.start = torch.tensor(rng.dirichlet(np.ones(S)))
+
+    def exact_values(self, pi, gamma):
+        """V (S + 1,) with 0 for the terminal state, and Q (S, A)."""
+        P_pi, R_pi = torch.einsum("sa,sat->st", pi, self.P[..., :S]), (pi * self.R).sum(1)
+        V = torch.linalg.solve(torch.eye(S) - gamma * P_pi, R_pi)
+        V = torch.cat([V, torch.zeros(1)])
+        return V, self.R + gamma * self.P @ V
+
+    def rollouts(self, T):
+        """Every sequence (s_0, a_0, ..., s_T): states (T + 1, N), actions (T, N), with the probability of the states given the actions.
+
+        After termination the reset step leads to a start state, as gymnasium's autoreset does.
+        """
+        paths = [([s], [], self.start[s]) for s in range(S)]
+        for _ in range(T):
+            longer = []
+            for states, actions, p in paths:
+                for a in range(A):
+                    if states[-1] == TERMINAL:  # both actions lead to a reset; the policy's probabilities sum to 1
+                        successors = [(s, self.start[s]) for s in range(S)]
+                    else:
+                        successors = [(s, self.P[states[-1], a, s]) for s in range(S + 1)]
+                    longer += [(states + [s], actions + [a], p * q) for s, q in successors]
+            paths = longer
+        states, actions, p = zip(*paths)
+        return torch.tensor(states).T, torch.tensor(actions).T, torch.stack(p)
+
+
+def enumerated_rollouts(mdp, actor, T):
+    """All rollouts of T steps as one batch: obs one-hot (T + 1, N, S + 1), and each rollout's probability (N,)."""
+    states, actions, p = mdp.rollouts(T)
+    obs = torch.nn.functional.one_hot(states, S + 1).to(torch.float64)
+    with torch.no_grad():
+        p = p * actor(obs[:-1]).log_prob(actions).sum(0).exp()
+    assert math.isclose(p.sum().item(), 1.0)
+    resets = (states[:-1] == TERMINAL).double()  # step t only resets
+    terminated = (states[1:] == TERMINAL).double()
+    rewards = mdp.R[states[:-1].clamp(max=S - 1), actions] * (1 - resets)
+    return obs, actions, rewards, terminated, resets, p
+
+
+def make_tabular():
+    actor = Actor(nn.Identity(), S + 1, gym.spaces.Discrete(A))
+    critic = Critic(nn.Identity(), S + 1)
+    nn.init.normal_(actor.head.weight)
+    nn.init.normal_(critic.head.weight)
+    return actor, critic
+
+
+def with_probabilities(valid, p):
+    """The functions average over `valid`; weighted by probabilities, the average over all rollouts is the expectation."""
+    return valid * p
+
+
+@pytest.mark.parametrize("gamma, lam, T", [(0.9, 0.95, 3), (0.9, 0.0, 1), (1.0, 1.0, 3), (0.8, 0.5, 3)])
+def test_actor_gradient_is_the_policy_gradient_in_expectation(gamma, lam, T):
+    """With the exact V, E[∇L_actor] = −Σ_s d(s) Σ_a ∇π(a|s) Q(s, a) for every λ, d the states of the rollouts."""
+    mdp = MDP()
+    actor, _ = make_tabular()
+    pi = actor(torch.eye(S + 1)).log_probs.exp()
+    V, Q = mdp.exact_values(pi[:S].detach(), gamma)
+    obs, actions, rewards, terminated, resets, p = enumerated_rollouts(mdp, actor, T)
+    valid = with_probabilities(1 - resets, p)
+
+    values = obs @ V
+    advantages, _ = gae(rewards, values, terminated, terminated, gamma, lam)
+    policy = actor(obs[:-1])
+    loss = actor_loss_fn(policy.log_prob(actions), advantages, policy.entropy(), 0.0, valid)
+    ours = torch.autograd.grad(loss, actor.head.weight)[0]
+
+    d = (obs[:-1] * valid.unsqueeze(-1)).sum((0, 1))[:S] / valid.sum()
+    exact = torch.autograd.grad(-(d[:, None] * pi[:S] * Q).sum(), actor.head.weight)[0]
+    assert exact.norm() > 0.01
+    torch.testing.assert_close(ours, exact)
+
+
+def test_actor_gradient_is_that_of_the_return_whatever_the_critic():
+    """Whole episodes (γ = λ = 1, three steps, then terminated): the gradient of J itself; the baseline V changes nothing."""
+    mdp = MDP(1)
+    actor, critic = make_tabular()
+    obs, actions, rewards, terminated, resets, p = enumerated_rollouts(mdp, actor, 3)
+    # An episode of at most 3 steps: what runs on is terminated there, and what follows a termination does not count
+    alive = torch.cat([torch.ones(1, p.shape[0]), (1 - terminated[:-1]).cumprod(0)])
+    terminated[-1] = 1.0
+    # J = Σ_paths p(path) Σ_t alive r, with p(path) differentiable in the policy
+    states_p = p / actor(obs[:-1]).log_prob(actions).sum(0).exp().detach()
+    path_p = states_p * actor(obs[:-1]).log_prob(actions).sum(0).exp()
+    J = (path_p * (alive * rewards).sum(0)).sum()
+    exact = torch.autograd.grad(-J, actor.head.weight)[0]
+
+    values = critic(obs).detach()
+    advantages, _ = gae(rewards, values, terminated, terminated, 1.0, 1.0)
+    policy = actor(obs[:-1])
+    valid = with_probabilities(alive, p)
+    loss = actor_loss_fn(policy.log_prob(actions), advantages, policy.entropy(), 0.0, valid)
+    ours = torch.autograd.grad(loss, actor.head.weight)[0] * valid.sum()  # a mean over steps -> a sum over an episode's
+    assert exact.norm() > 0.01
+    torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+def test_critic_fixed_point_is_the_exact_value(lam):
+    mdp, gamma = MDP(2), 0.9
+    actor, critic = make_tabular()
+    V, _ = mdp.exact_values(actor(torch.eye(S + 1)).log_probs.exp()[:S].detach(), gamma)
+    obs, actions, rewards, terminated, resets, p = enumerated_rollouts(mdp, actor, 3)
+    valid = with_probabilities(1 - resets, p)
+    for _ in range(60):  # targets from the current V, then regression on them
+        _, returns = gae(rewards, critic(obs).detach(), terminated, terminated, gamma, lam)
+        optimizer = torch.optim.LBFGS(critic.parameters(), max_iter=100, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = critic_loss_fn(critic(obs)[:-1], returns, valid)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    # The terminal state's V is never trained and never used: bootstraps from it are masked
+    torch.testing.assert_close(critic(torch.eye(S + 1))[:S], V[:S], atol=1e-6, rtol=1e-6)
+
+
+# --- Where gradients flow ---------------------------------------------------------------------------------------------
+
+SPACES = gym.spaces.Box(-1.0, 1.0, (4,), np.float32), gym.spaces.Discrete(2)
+
+
+def test_losses_reach_only_what_they_should():
+    """Pitfall 7: no gradient through advantages or targets."""
+    values = torch.randn(4, 3, requires_grad=True)
+    advantages = torch.randn(3, 3, requires_grad=True)
+    log_probs = torch.randn(3, 3, requires_grad=True)
+    valid = torch.ones(3, 3)
+    critic_loss_fn(values[:-1], torch.randn(3, 3), valid).backward()
+    assert values.grad[:-1].all() and not values.grad[-1].any()  # V(s_T) only bootstraps
+    actor_loss_fn(log_probs, advantages.detach(), torch.zeros(3, 3), 0.0, valid).backward()
+    assert log_probs.grad.all() and advantages.grad is None
+
+
+def test_reset_steps_carry_no_gradient():
+    values, log_probs = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2, requires_grad=True)
+    valid = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    loss = critic_loss_fn(values, torch.randn(3, 2), valid)
+    loss = loss + actor_loss_fn(log_probs, torch.randn(3, 2), torch.randn(3, 2), 0.1, valid)
+    loss.backward()
+    assert ((values.grad != 0) == (valid == 1)).all() and ((log_probs.grad != 0) == (valid == 1)).all()
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    """Pitfall 8: (T, N) against (T, N, 1)."""
+    with pytest.raises(AssertionError):
+        critic_loss_fn(torch.zeros(3, 3, 1), torch.zeros(3, 3), torch.ones(3, 3))
+    assert Critic(nn.Identity(), 5)(torch.zeros(3, 2, 5)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_separate_networks_share_nothing_and_shared_ones_do(image):
+    space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8) if image else SPACES[0]
+    obs = torch.randint(0, 255, (3, 2, 4, 84, 84), dtype=torch.uint8) if image else torch.randn(3, 2, 4)
+    for network, share in (("separate", False), ("shared", True)):
+        agent = ActorCritic(space, SPACES[1], Args(network=network))
+        features = agent.trunk(obs)
+        actor_out, critic_out = agent.actor(features).log_probs, agent.critic(features)
+        assert actor_out.shape == (3, 2, 2) and critic_out.shape == (3, 2)
+        touched = []
+        for out in (actor_out.sum() + (actor_out**2).sum(), critic_out.sum()):
+            grads = torch.autograd.grad(out, list(agent.parameters()), retain_graph=True, allow_unused=True)
+            touched.append({i for i, g in enumerate(grads) if g is not None})
+        assert touched[0] | touched[1] == set(range(len(list(agent.parameters()))))
+        assert bool(touched[0] & touched[1]) is share
+
+
+def test_trunk_gradients_measure_the_conflict():
+    trunk = nn.Linear(1, 2, bias=False)
+    out = trunk(torch.ones(1))
+    result = a2c_sync.trunk_gradients(3 * out[0], -4 * out[0] + 3 * out[1], trunk)
+    assert result["trunk_actor_grad"].item() == pytest.approx(3)
+    assert result["trunk_critic_grad"].item() == pytest.approx(5)
+    assert result["trunk_grad_cosine"].item() == pytest.approx(-0.8)
+
+
+# --- Policies and optimizer -------------------------------------------------------------------------------------------
+
+
+def test_categorical_equals_torchs():
+    logits = torch.randn(5, 4, 3)
+    ours, theirs = Categorical(logits), torch.distributions.Categorical(logits=logits)
+    actions = theirs.sample()
+    torch.testing.assert_close(ours.log_prob(actions), theirs.log_prob(actions))
+    torch.testing.assert_close(ours.entropy(), theirs.entropy())
+    assert (ours.mode() == theirs.mode).all()
+    counts = torch.bincount(Categorical(logits[0, 0].expand(200_000, 3)).sample(), minlength=3) / 200_000
+    torch.testing.assert_close(counts, logits[0, 0].softmax(-1), atol=0.005, rtol=0)
+
+
+def test_gaussian_equals_torchs():
+    mean, log_std = torch.randn(5, 4, 3), torch.randn(3)
+    ours = Gaussian(mean, log_std)
+    theirs = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+    actions = theirs.sample()
+    torch.testing.assert_close(ours.log_prob(actions), theirs.log_prob(actions))
+    torch.testing.assert_close(ours.entropy(), theirs.entropy())
+    samples = Gaussian(mean[0, 0].expand(200_000, 3), log_std).sample()
+    torch.testing.assert_close(samples.mean(0), mean[0, 0], atol=0.03, rtol=0)
+    torch.testing.assert_close(samples.std(0), log_std.exp(), atol=0.03, rtol=0.01)
+
+
+def test_rmsprop_has_epsilon_inside_the_root():
+    """Pitfall 9, by hand: g ← αg + (1 − α)Δ², θ ← θ − ηΔ/√(g + ε)."""
+    theta = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = RMSpropA3C([theta], lr=0.1, alpha=0.9, eps=0.01)
+    g, x = torch.ones(2), theta.detach().clone()
+    for gradient in (torch.tensor([0.5, 0.0]), torch.tensor([-0.2, 1e-4])):
+        theta.grad = gradient.clone()
+        optimizer.step()
+        g = 0.9 * g + 0.1 * gradient**2
+        x = x - 0.1 * gradient / torch.sqrt(g + 0.01)
+        torch.testing.assert_close(theta.detach(), x)
+    # the first step with a tiny gradient stays tiny; torch.optim.RMSprop would move by 10 η
+    assert abs(theta[1].item() + 2.0) < 1e-4
+
+
+# --- Equations and code -----------------------------------------------------------------------------------------------
+
+
+def test_every_equation_of_the_docstring_has_its_line():
+    for script in ("a2c_sync.py",):
+        source = (ROOT / script).read_text()
+        docstring, code = source.split('"""')[1], source.split('"""', 2)[2]
+        announced = set(re.findall(r"^ +\((\d+)\) ", docstring, re.MULTILINE))
+        tagged = set(re.findall(r"# \((\d+)\)$", code, re.MULTILINE))
+        assert announced and announced == tagged
+
+

@@ -1,0 +1,142 @@
+"""Small environments whose every observation can be recognized. Ids: `toy_envs:Name-v0` (gymnasium imports the module)."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+
+
+class Counting(gym.Env):
+    """Observation (episode, step); episodes of 1 to 5 steps that end terminated, truncated or both, in turn."""
+
+    observation_space = Box(-1.0, np.inf, (2,), np.float32)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode = getattr(self, "episode", -1) + 1
+        self.t = 0
+        self.length = 1 + int(self.np_random.integers(5))
+        return self._obs(), {}
+
+    def _obs(self):
+        return np.array([self.episode, self.t], np.float32)
+
+    def step(self, action):
+        self.t += 1
+        end = self.t == self.length
+        return self._obs(), float(self.t), end and self.episode % 3 != 0, end and self.episode % 3 != 1, {}
+
+
+class Constant(gym.Env):
+    """Reward 1 for ever. Ends after `length` steps, terminated or (by default) only truncated."""
+
+    action_space = Discrete(2)
+
+    def __init__(self, length=10, terminates=False):
+        self.length, self.terminates = length, terminates
+        self.observation_space = Box(0.0, 1.0, (length + 1 if terminates else 1,), np.float32)
+
+    def _obs(self):  # a terminating one shows the time (one-hot), on which its value depends
+        return np.eye(self.length + 1, dtype=np.float32)[self.t] if self.terminates else np.ones(1, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.t += 1
+        end = self.t == self.length
+        return self._obs(), 1.0, end and self.terminates, end and not self.terminates, {}
+
+
+class Target(gym.Env):
+    """One-step episodes in a Box with odd bounds; the best action is the upper one if the first element shown is positive."""
+
+    observation_space = Box(-1.0, 1.0, (3,), np.float32)
+    action_space = Box(np.array([-3.0], np.float32), np.array([5.0], np.float32))
+    actions: list = []  # everything that step() received
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        obs = self.np_random.uniform(-1, 1, 3).astype(np.float32)
+        self.best = 5.0 if obs[0] > 0 else -3.0
+        return obs, {}
+
+    def step(self, action):
+        Target.actions.append(action.copy())
+        return np.zeros(3, np.float32), -float((action[0] - self.best) ** 2), True, False, {}
+
+
+class Shifted(Constant):
+    """Discrete actions that start at 3."""
+
+    action_space = Discrete(2, start=3)
+
+    def step(self, action):
+        assert action in (3, 4)
+        return super().step(action)
+
+
+class Images(Constant):
+    """Images: uint8, channels first."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = Box(0, 255, (3, 40, 44), np.uint8)
+
+    def _obs(self):
+        return np.full((3, 40, 44), self.t, np.uint8)
+
+
+class Broken(Constant):
+    """Rewards that turn NaN after `after` steps of an environment."""
+
+    def __init__(self, after=200):
+        super().__init__(length=50)
+        self.after, self.count = after, 0
+
+    def step(self, action):
+        self.count += 1
+        obs, reward, *rest = super().step(action)
+        return obs, np.nan if self.count > self.after else reward, *rest
+
+
+class Slow(Constant):
+    """20 ms a step: long enough to be interrupted at a chosen moment."""
+
+    def step(self, action):
+        import time
+
+        time.sleep(0.02)
+        return super().step(action)
+
+
+def with_spaces(observation_space, action_space=Discrete(2)):
+    class Unsupported(Constant):
+        def __init__(self):
+            super().__init__()
+            self.observation_space, self.action_space = observation_space, action_space
+
+        def _obs(self):
+            return self.observation_space.sample()
+
+    return Unsupported
+
+
+VECTOR = Box(-1.0, 1.0, (3,), np.float32)
+UNSUPPORTED = {
+    "DictObs": with_spaces(Dict({"a": VECTOR})),
+    "DiscreteObs": with_spaces(Discrete(5)),
+    "MatrixObs": with_spaces(Box(-1.0, 1.0, (3, 3), np.float32)),
+    "ChannelsLast": with_spaces(Box(0, 255, (84, 84, 3), np.uint8)),
+    "FloatImage": with_spaces(Box(0.0, 1.0, (3, 84, 84), np.float32)),
+    "MultiDiscreteActions": with_spaces(VECTOR, MultiDiscrete([2, 2])),
+    "UnboundedActions": with_spaces(VECTOR, Box(-np.inf, np.inf, (2,), np.float32)),
+}
+
+for cls in (Counting, Constant, Target, Shifted, Images, Broken, Slow):
+    gym.register(f"{cls.__name__}-v0", cls)
+gym.register("Terminating-v0", Constant, kwargs={"terminates": True})
+for name, cls in UNSUPPORTED.items():
+    gym.register(f"{name}-v0", cls)
