@@ -281,8 +281,7 @@ def train(args: Args) -> dict:
     # One rollout: T steps of N environments. obs and done have a row more, for what the last step led to
     T, N = args.num_steps, args.num_envs
     space = envs.single_observation_space
-    obs_dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
-    obs = torch.zeros((T + 1, N) + space.shape, dtype=obs_dtype, device=device)
+    obs = torch.from_numpy(np.zeros((T + 1, N) + space.shape, space.dtype)).to(device)  # float32, or uint8 images
     actions = [torch.empty(0)] * T
     rewards, terminated = np.zeros((T, N), np.float32), np.zeros((T, N), np.float32)
     done = np.zeros((T + 1, N), np.float32)  # done[t]: s_t ended its episode, step t only resets

@@ -88,10 +88,13 @@ class EpisodeStatistics(VectorWrapper):
 
 
 class Envs(VectorWrapper):
-    """Maps actions from [-1, 1] to the bounds of a Box, and clips Atari's rewards to [-1, 1] (Mnih et al. 2015)."""
+    """What the networks see: vectors as float32, actions of a Box in [-1, 1], Atari's rewards clipped (Mnih et al. 2015)."""
 
     def __init__(self, envs, clip_rewards: bool):
         super().__init__(envs)
+        space = envs.single_observation_space
+        self._dtype = np.float32 if len(space.shape) == 1 else np.uint8
+        self.single_observation_space = Box(space.low, space.high, space.shape, self._dtype)
         space = envs.single_action_space
         self._box = isinstance(space, Box)
         if self._box:
@@ -101,6 +104,10 @@ class Envs(VectorWrapper):
             self._start = int(space.start)
         self._clip_rewards = clip_rewards
 
+    def reset(self, **kwargs):
+        obs, infos = self.env.reset(**kwargs)
+        return obs.astype(self._dtype, copy=False), infos
+
     def step(self, actions: np.ndarray):
         if self._box:  # a Gaussian's sample may lie outside
             actions = (self._centre + self._half_range * actions.clip(-1.0, 1.0)).astype(self._centre.dtype)
@@ -109,7 +116,7 @@ class Envs(VectorWrapper):
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
         if self._clip_rewards:
             rewards = rewards.clip(-1, 1)
-        return obs, rewards, terminated, truncated, infos
+        return obs.astype(self._dtype, copy=False), rewards, terminated, truncated, infos
 
     def picture(self, obs: np.ndarray) -> np.ndarray:
         """The first environment as an RGB picture (H, W, 3); Atari's does not render: what the agent sees, enlarged."""
