@@ -62,7 +62,12 @@ def random_state() -> dict:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": random.getstate(),
-        "numpy": {"key": key, "pos": numpy_state["state"]["pos"], "gauss": numpy_state["gauss"], "has_gauss": numpy_state["has_gauss"]},
+        "numpy": {
+            "key": key,
+            "pos": numpy_state["state"]["pos"],
+            "gauss": numpy_state["gauss"],
+            "has_gauss": numpy_state["has_gauss"],
+        },
     }
 
 
@@ -72,4 +77,6 @@ def restore_random(state: dict):
         torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(state["python"])
     saved = state["numpy"]
-    np.random.set_state(("MT19937", saved["key"].numpy().astype(np.uint32), saved["pos"], saved["has_gauss"], saved["gauss"]))
+    np.random.set_state(
+        ("MT19937", saved["key"].numpy().astype(np.uint32), saved["pos"], saved["has_gauss"], saved["gauss"])
+    )

@@ -172,14 +172,20 @@ def check_spaces(observation_space, action_space, args):
     """Raises UserError, naming the space and what to use instead, for spaces that no script supports."""
     shape = observation_space.shape if isinstance(observation_space, Box) else None
     if shape is None or len(shape) not in (1, 3):
-        raise UserError(f"The observation space {observation_space} is not supported; gymnasium.wrappers.FlattenObservation makes it a vector.")
+        raise UserError(
+            f"The observation space {observation_space} is not supported; gymnasium.wrappers.FlattenObservation makes it a vector."
+        )
     if len(shape) == 3 and (observation_space.dtype != np.uint8 or shape[0] > 16 or min(shape[1:]) < 36):
-        raise UserError(f"Images must be uint8, channels first and at least 36 x 36, not {observation_space}; gymnasium.wrappers.TransformObservation can bring them there.")
+        raise UserError(
+            f"Images must be uint8, channels first and at least 36 x 36, not {observation_space}; gymnasium.wrappers.TransformObservation can bring them there."
+        )
     if len(shape) == 3 and getattr(args, "normalize_obs", False):
         raise UserError("--normalize-obs is for vectors; images are scaled in the network.")
     bounded = isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.is_bounded()
     if not bounded and not isinstance(action_space, Discrete):
-        raise UserError(f"The action space {action_space} is not supported; use Discrete or a bounded one-dimensional Box (gymnasium.wrappers.TransformAction maps others to it).")
+        raise UserError(
+            f"The action space {action_space} is not supported; use Discrete or a bounded one-dimensional Box (gymnasium.wrappers.TransformAction maps others to it)."
+        )
 
 
 def ignore_interrupt(env):

@@ -27,7 +27,9 @@ class Logger:
         self._returns = deque(maxlen=100)
         self._start = time.perf_counter() - seconds
         slow = not sys.stderr.isatty()  # in a file, a line now and then
-        self._bar = tqdm(total=total_timesteps, initial=env_steps, unit=" steps", unit_scale=True, mininterval=10 if slow else 0.2)
+        self._bar = tqdm(
+            total=total_timesteps, initial=env_steps, unit=" steps", unit_scale=True, mininterval=10 if slow else 0.2
+        )
 
     def seconds(self) -> float:
         """Seconds of training so far, earlier sessions of a resumed run included."""
@@ -50,7 +52,9 @@ class Logger:
     def log(self, env_steps: int, **scalars):
         """Logs numbers or one-element tensors: loss(critic_loss=...) becomes the tag losses/critic_loss."""
         seconds = self.seconds()
-        self._rows += [(env_steps, seconds, f"losses/{name}", torch.as_tensor(value).item()) for name, value in scalars.items()]
+        self._rows += [
+            (env_steps, seconds, f"losses/{name}", torch.as_tensor(value).item()) for name, value in scalars.items()
+        ]
         self._rows.append((env_steps, seconds, "charts/SPS", env_steps / seconds))
         if self._returns:
             self._bar.set_postfix_str(f"return {self.recent_return():.1f}", refresh=False)
@@ -58,7 +62,9 @@ class Logger:
         self._write()
 
     def _write(self):
-        self._csv.write("".join(f"{steps},{seconds:.3f},{tag},{value!r}\n" for steps, seconds, tag, value in self._rows))
+        self._csv.write(
+            "".join(f"{steps},{seconds:.3f},{tag},{value!r}\n" for steps, seconds, tag, value in self._rows)
+        )
         now = time.time() - self.seconds()
         for steps, rows in groupby(self._rows, key=lambda row: row[0]):
             rows = list(rows)
@@ -81,7 +87,10 @@ class Logger:
     def state_dict(self) -> dict:
         """Sizes of the files, all of which only grow: `rewind` cuts off what was written after a checkpoint."""
         self.flush()
-        return {"sizes": {path.name: path.stat().st_size for path in log_files(self._dir)}, "returns": list(self._returns)}
+        return {
+            "sizes": {path.name: path.stat().st_size for path in log_files(self._dir)},
+            "returns": list(self._returns),
+        }
 
     def load_state_dict(self, state: dict):
         self._returns.extend(state["returns"])

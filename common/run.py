@@ -127,7 +127,11 @@ class Run:
         check_ranges(args)
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu.")
-        if args.run_dir is not None and (path := Path(args.run_dir)).exists() and (not path.is_dir() or any(path.iterdir())):
+        if (
+            args.run_dir is not None
+            and (path := Path(args.run_dir)).exists()
+            and (not path.is_dir() or any(path.iterdir()))
+        ):
             raise UserError(f"--run-dir {args.run_dir!r} is already in use; name another, or go on with --resume.")
         self.args = args
         self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -269,7 +273,9 @@ class Run:
         self._save()
         self._restore_signals()
         self.logger.close()
-        returns, _ = evaluate(self._parts["agent"], self.args, self._parts["envs"].state_dict(), self.args.eval_episodes)
+        returns, _ = evaluate(
+            self._parts["agent"], self.args, self._parts["envs"].state_dict(), self.args.eval_episodes
+        )
         results = {
             "script": self.script.stem,
             "env_id": self.args.env_id,

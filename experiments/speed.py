@@ -25,7 +25,9 @@ from typing import Literal
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-EQUAL = dict(num_envs=8, num_steps=5, gamma=0.99, gae_lambda=1.0, ent_coef=0.0, learning_rate=7e-4)  # SB3's defaults and zoo
+EQUAL = dict(
+    num_envs=8, num_steps=5, gamma=0.99, gae_lambda=1.0, ent_coef=0.0, learning_rate=7e-4
+)  # SB3's defaults and zoo
 OURS_EQUAL = "--num-envs 8 --num-steps 5 --gae-lambda 1 --ent-coef 0 --optimizer rmsprop --actor-lr 7e-4 --no-lr-decay"
 
 
@@ -61,7 +63,10 @@ def ours(flags: str, total_timesteps: int, seed: int = 1) -> dict:
                 if row["tag"] == "charts/episodic_return":
                     returns.append(float(row["value"]))
                     if len(returns) == 100 and mean(returns) >= 475:
-                        return results | {"solved_steps": int(row["env_steps"]), "solved_seconds": float(row["seconds"])}
+                        return results | {
+                            "solved_steps": int(row["env_steps"]),
+                            "solved_seconds": float(row["seconds"]),
+                        }
     return results | {"solved_steps": None, "solved_seconds": None}
 
 
@@ -119,7 +124,9 @@ def raw_worker(num_envs: int, seconds: float) -> dict:
 
 def line(name: str, values: list[dict], key: str = "sps", digits: int = 0):
     shown = " ".join("never" if v[key] is None else f"{v[key]:,.{digits}f}" for v in values)
-    memory = f"   peak memory {max(v['peak_memory_mb'] for v in values):.0f} MB" if "peak_memory_mb" in values[0] else ""
+    memory = (
+        f"   peak memory {max(v['peak_memory_mb'] for v in values):.0f} MB" if "peak_memory_mb" in values[0] else ""
+    )
     print(f"  {name:<34}{shown}{memory}", flush=True)
 
 
@@ -163,7 +170,9 @@ if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
     if options.worker:
         spec = json.loads(options.worker)
-        print(json.dumps(raw_worker(spec["num_envs"], spec["seconds"]) if spec.pop("raw", False) else sb3_worker(**spec)))
+        print(
+            json.dumps(raw_worker(spec["num_envs"], spec["seconds"]) if spec.pop("raw", False) else sb3_worker(**spec))
+        )
         sys.exit()
     for part in (equal, native, solve):
         if options.part in ("all", part.__name__):

@@ -36,9 +36,9 @@ class Recorder:
             self.obs = features.clone()
             return forward(critic, features)
 
-        def record_flags(rewards, values, terminated, done, *rest):
+        def record_flags(values, rewards, terminated, done, *rest):
             self.flags = {"rewards": rewards.clone(), "terminated": terminated.clone(), "done": done.clone()}
-            return gae(rewards, values, terminated, done, *rest)
+            return gae(values, rewards, terminated, done, *rest)
 
         def record_valid(values, returns, valid):
             self.batches.append(self.flags | {"obs": self.obs, "valid": valid.clone()})
@@ -116,7 +116,9 @@ def test_run_folder(workdir):
     args = json.loads(open("run/args.json").read())
     assert args["num_steps"] == 5 and args["script"] == "a2c_sync"
     tags = {tag for _, tag, _ in metrics("run")}
-    wanted = "charts/episodic_return charts/episodic_length losses/actor_loss losses/critic_loss losses/value losses/entropy"
+    wanted = (
+        "charts/episodic_return charts/episodic_length losses/actor_loss losses/critic_loss losses/value losses/entropy"
+    )
     assert set(wanted.split()) <= tags
 
 

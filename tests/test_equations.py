@@ -54,7 +54,7 @@ def test_gae_is_the_lambda_weighted_sum_of_n_step_advantages(gamma, lam):
     truncated = torch.tensor((rng.random((T, N)) < 0.2).astype(float))
     done = torch.maximum(terminated, truncated)
     assert (terminated * truncated).any()  # both at once: terminated counts
-    advantages, returns = gae(rewards, values, terminated, done, gamma, lam)
+    advantages, returns = gae(values, rewards, terminated, done, gamma, lam)
     expected = torch.tensor(
         [brute_force(*(x[:, n].tolist() for x in (rewards, values, terminated, done)), gamma, lam) for n in range(N)]
     ).T
@@ -67,9 +67,9 @@ def test_two_episodes_in_one_rollout_equal_each_alone():
     rewards, values = torch.randn(7, 1), torch.randn(8, 1)
     terminated, done = torch.zeros(7, 1), torch.zeros(7, 1)
     done[2] = 1
-    both, _ = gae(rewards, values, terminated, done, 0.9, 0.8)
-    first, _ = gae(rewards[:3], values[:4], terminated[:3], done[:3], 0.9, 0.8)
-    second, _ = gae(rewards[4:], values[4:], terminated[4:], done[4:], 0.9, 0.8)
+    both, _ = gae(values, rewards, terminated, done, 0.9, 0.8)
+    first, _ = gae(values[:4], rewards[:3], terminated[:3], done[:3], 0.9, 0.8)
+    second, _ = gae(values[4:], rewards[4:], terminated[4:], done[4:], 0.9, 0.8)
     torch.testing.assert_close(both[:3], first)
     torch.testing.assert_close(both[4:], second)
 
@@ -78,7 +78,7 @@ def test_rollouts_of_one_step():
     """T = 1, pitfall 5: Â = r + γV(s') − V(s), without the bootstrap only if terminated."""
     rewards, values = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[2.0, 2.0, 2.0], [10.0, 10.0, 10.0]])
     terminated, done = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.0, 1.0, 1.0]])
-    advantages, _ = gae(rewards, values, terminated, done, 0.5, 0.95)
+    advantages, _ = gae(values, rewards, terminated, done, 0.5, 0.95)
     assert advantages.tolist() == [[4.0, 4.0, -1.0]]
 
 
@@ -161,7 +161,7 @@ def test_actor_gradient_is_the_policy_gradient_in_expectation(gamma, lam, T):
     valid = with_probabilities(1 - resets, p)
 
     values = obs @ V
-    advantages, _ = gae(rewards, values, terminated, terminated, gamma, lam)
+    advantages, _ = gae(values, rewards, terminated, terminated, gamma, lam)
     policy = actor(obs[:-1])
     loss = actor_loss_fn(policy.log_prob(actions), advantages, policy.entropy(), 0.0, valid)
     ours = torch.autograd.grad(loss, actor.head.weight)[0]
@@ -187,7 +187,7 @@ def test_actor_gradient_is_that_of_the_return_whatever_the_critic():
     exact = torch.autograd.grad(-J, actor.head.weight)[0]
 
     values = critic(obs).detach()
-    advantages, _ = gae(rewards, values, terminated, terminated, 1.0, 1.0)
+    advantages, _ = gae(values, rewards, terminated, terminated, 1.0, 1.0)
     policy = actor(obs[:-1])
     valid = with_probabilities(alive, p)
     loss = actor_loss_fn(policy.log_prob(actions), advantages, policy.entropy(), 0.0, valid)
@@ -204,7 +204,7 @@ def test_critic_fixed_point_is_the_exact_value(lam):
     obs, actions, rewards, terminated, resets, p = enumerated_rollouts(mdp, actor, 3)
     valid = with_probabilities(1 - resets, p)
     for _ in range(60):  # targets from the current V, then regression on them
-        _, returns = gae(rewards, critic(obs).detach(), terminated, terminated, gamma, lam)
+        _, returns = gae(critic(obs).detach(), rewards, terminated, terminated, gamma, lam)
         optimizer = torch.optim.LBFGS(critic.parameters(), max_iter=100, tolerance_grad=1e-12, tolerance_change=1e-14)
 
         def closure():
@@ -328,5 +328,3 @@ def test_every_equation_of_the_docstring_has_its_line():
         announced = set(re.findall(r"^ +\((\d+)\) ", docstring, re.MULTILINE))
         tagged = set(re.findall(r"# \((\d+)\)$", code, re.MULTILINE))
         assert announced and announced == tagged
-
-

@@ -66,7 +66,11 @@ RESUMED = {"num_envs": 4, "total_timesteps": 30_000, "checkpoint_every": 1_500, 
 def test_killed_and_resumed_is_bit_identical(workdir, flags):
     """SIGKILL at three random moments; then the same weights, optimizers, statistics, metrics and evaluation."""
     flags = RESUMED | flags
-    words = [w for name, value in flags.items() for w in ([f"--{name.replace('_', '-')}"] + [str(value)] * (value is not True))]
+    words = [
+        w
+        for name, value in flags.items()
+        for w in ([f"--{name.replace('_', '-')}"] + [str(value)] * (value is not True))
+    ]
     seed = random.randrange(10**6)
     print("delays drawn with seed", seed)
     delays = random.Random(seed)
@@ -77,7 +81,12 @@ def test_killed_and_resumed_is_bit_identical(workdir, flags):
         process = start(SCRIPT, *continued, cwd=workdir)
         if attempt < 3:
             # Not before it has got further than the checkpoint it began with, nor after its end
-            wait_for(lambda: process.poll() is not None or (os.path.exists("killed/checkpoint.pt") and checkpoint("killed")["env_steps"] > before))
+            wait_for(
+                lambda: (
+                    process.poll() is not None
+                    or (os.path.exists("killed/checkpoint.pt") and checkpoint("killed")["env_steps"] > before)
+                )
+            )
             time.sleep(delays.uniform(0, 0.4))
             process.kill()
             killed += process.wait() == -signal.SIGKILL
@@ -304,7 +313,9 @@ def test_two_runs_in_the_same_second_get_two_folders(workdir, monkeypatch):
     assert len(list(Path("runs").iterdir())) == 2
 
 
-@pytest.mark.parametrize("flags", [{"env_id": "toy_envs:Broken-v0"}, {"env_id": "toy_envs:Broken-v0", "network": "shared"}])
+@pytest.mark.parametrize(
+    "flags", [{"env_id": "toy_envs:Broken-v0"}, {"env_id": "toy_envs:Broken-v0", "network": "shared"}]
+)
 def test_a_loss_that_is_not_finite_stops_the_run(workdir, flags):
     with pytest.raises(UserError, match=r"critic_loss is not finite at environment step \d+"):
         train(Args(run_dir="run", num_envs=2, total_timesteps=2_000, checkpoint_every=100, **flags))
@@ -323,7 +334,9 @@ def test_exploding_weights_stop_the_run_with_a_sentence(workdir):
 
 def test_episode_statistics_are_gymnasiums(workdir):
     ours = make_envs(Args(env_id="toy_envs:Counting-v0", num_envs=5))
-    theirs = gym.wrappers.vector.RecordEpisodeStatistics(gym.make_vec("toy_envs:Counting-v0", num_envs=5, vectorization_mode="sync"))
+    theirs = gym.wrappers.vector.RecordEpisodeStatistics(
+        gym.make_vec("toy_envs:Counting-v0", num_envs=5, vectorization_mode="sync")
+    )
     ours.reset(seed=1)
     theirs.reset(seed=1)
     episodes = 0
@@ -339,7 +352,11 @@ def test_episode_statistics_are_gymnasiums(workdir):
 
 
 def test_normalization_is_saved_and_frozen_in_evaluation(workdir):
-    train(Args(run_dir="run", env_id="Pendulum-v1", normalize_obs=True, total_timesteps=2_000, num_envs=4, eval_episodes=2))
+    train(
+        Args(
+            run_dir="run", env_id="Pendulum-v1", normalize_obs=True, total_timesteps=2_000, num_envs=4, eval_episodes=2
+        )
+    )
     before = checkpoint("run")["parts"]["envs"]
     agent, args, env_state, _ = load_agent("run")
     envs = make_envs(args, 2, evaluation=True)
