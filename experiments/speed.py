@@ -9,22 +9,18 @@
 Every measurement is a process of its own with one thread. Machines vary by the minute: read the ratios.
 """
 
-import csv
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
 import tyro
+from runs import call, run
 
-ROOT = Path(__file__).resolve().parent.parent
 EQUAL = dict(
     num_envs=8, num_steps=5, gamma=0.99, gae_lambda=1.0, ent_coef=0.0, learning_rate=7e-4
 )  # SB3's defaults and zoo
@@ -43,31 +39,11 @@ class Options:
     """internal: one measurement of the other side"""
 
 
-def call(*words) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, cwd=ROOT)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(map(str, words))} failed:\n{done.stderr[-2000:]}")
-    return done.stdout
-
-
 def ours(flags: str, total_timesteps: int, seed: int = 1) -> dict:
-    """results.json of one run of a2c_sync.py, and when its last 100 episodes first had a mean return of 475."""
+    """One run of a2c_sync.py, with the seconds after which 100 episodes had a mean return of 475."""
+    flags = f"--total-timesteps {total_timesteps} --eval-episodes 10 {flags}"
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
-        words = f"--total-timesteps {total_timesteps} --seed {seed} --eval-episodes 10 {flags}".split()
-        call("a2c_sync.py", "--run-dir", run_dir, *words)
-        results, returns = json.loads((run_dir / "results.json").read_text()), deque(maxlen=100)
-        with open(run_dir / "metrics.csv") as file:
-            for row in csv.DictReader(file):
-                if row["tag"] == "charts/episodic_return":
-                    returns.append(float(row["value"]))
-                    if len(returns) == 100 and mean(returns) >= 475:
-                        return results | {
-                            "solved_steps": int(row["env_steps"]),
-                            "solved_seconds": float(row["seconds"]),
-                        }
-    return results | {"solved_steps": None, "solved_seconds": None}
+        return run("a2c_sync.py", flags, seed, Path(folder) / "run", threshold=475)
 
 
 def theirs(**spec) -> dict:

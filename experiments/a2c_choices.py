@@ -1,0 +1,80 @@
+"""The choices that a2c_sync.py made by measurement (docs/a2c_sync.md holds what came out):
+
+    python experiments/a2c_choices.py --choice order        is the advantage evaluated after the critic's step (D4)?
+    python experiments/a2c_choices.py --choice optimizer    Adam or A3C's RMSProp, each at several learning rates?
+
+A variant is the script with one passage replaced, so that the script needs no switch for it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from runs import ROOT, mean_std, run_all
+
+REEVALUATION = """                with torch.no_grad():  # the advantage is evaluated with the critic just fitted
+                    advantages, _ = gae(critic(features), *rollout, args.gamma, args.gae_lambda)
+"""
+TASKS = {  # flags, and the training return that counts as solved
+    "CartPole-v1": ("--total-timesteps 300000", 475),
+    "Acrobot-v1": ("--env-id Acrobot-v1 --actor-lr 2e-3 --total-timesteps 200000", -100),
+}
+
+
+@dataclass
+class Options:
+    choice: Literal["order", "optimizer"] = "order"
+    """what to compare"""
+    seeds: int = 10
+    """seeds 1 to this"""
+    at_a_time: int = 2
+    """runs in parallel, one thread each"""
+    out: str = "runs/a2c_choices"
+    """folder of the runs; those that are there are not run again"""
+
+
+def variant(out: Path, name: str, old: str, new: str) -> Path:
+    """a2c_sync.py with one passage replaced, as a script of its own."""
+    source = (ROOT / "a2c_sync.py").read_text()
+    assert source.count(old) == 1, f"the passage that {name} replaces is not in a2c_sync.py"
+    path = out / name / "a2c_sync.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source.replace(old, new))
+    return path
+
+
+def compare(options: Options, variants: dict[str, tuple[Path, str]]):
+    """variants: name -> (script, flags). Prints a table."""
+    out, seeds = Path(options.out).absolute() / options.choice, range(1, options.seeds + 1)
+    print("| task | variant | greedy return | solved | after steps | steps/s |\n|---|---|---|---|---|---|")
+    for task, (flags, threshold) in TASKS.items():
+        jobs = [
+            (script, f"{flags} {extra}", seed, out / f"{task}__{name}__{seed}", threshold)
+            for seed in seeds
+            for name, (script, extra) in variants.items()
+        ]
+        results = run_all(jobs, options.at_a_time)
+        for i, name in enumerate(variants):
+            runs = results[i :: len(variants)]
+            solved = [run["solved_steps"] for run in runs if run["solved_steps"]]
+            steps = mean_std(solved, 0) if solved else ""
+            returns, speed = mean_std([r["eval_return_mean"] for r in runs]), mean_std([r["sps"] for r in runs], 0)
+            print(f"| {task} | {name} | {returns} | {len(solved)} of {len(runs)} | {steps} | {speed} |", flush=True)
+
+
+def main(options: Options):
+    script = ROOT / "a2c_sync.py"
+    if options.choice == "order":
+        stale = variant(Path(options.out).absolute(), "stale", REEVALUATION, "")
+        compare(options, {"after the critic's step": (script, ""), "before it": (stale, "")})
+    else:
+        rates = {"adam": ("1e-3", "2e-3", "5e-3", "1e-2"), "rmsprop": ("7e-4", "2e-3", "5e-3", "1e-2")}
+        compare(
+            options,
+            {f"{o} {lr}": (script, f"--optimizer {o} --actor-lr {lr}") for o, each in rates.items() for lr in each},
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

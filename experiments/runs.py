@@ -1,0 +1,53 @@
+"""Runs of the scripts in processes of their own, for the experiments."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def call(*words) -> str:
+    """Standard output of a Python command in the repository's root; ends the experiment if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, cwd=ROOT)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, words))} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def run(script: str | Path, flags: str, seed: int, run_dir: Path, threshold: float = float("inf")) -> dict:
+    """results.json of one run, and where its last 100 training episodes first had a mean return of `threshold`.
+
+    A run folder that already holds results is read, not run again.
+    """
+    if not (run_dir / "results.json").exists():
+        call(script, "--run-dir", run_dir, "--seed", seed, *flags.split())
+    results, returns = json.loads((run_dir / "results.json").read_text()), deque(maxlen=100)
+    results |= {"solved_steps": None, "solved_seconds": None}
+    with open(run_dir / "metrics.csv") as file:
+        for row in csv.DictReader(file):
+            if row["tag"] == "charts/episodic_return":
+                returns.append(float(row["value"]))
+                if len(returns) == 100 and mean(returns) >= threshold:
+                    results |= {"solved_steps": int(row["env_steps"]), "solved_seconds": float(row["seconds"])}
+                    break
+    return results
+
+
+def run_all(jobs: list[tuple], at_a_time: int) -> list[dict]:
+    """Results of run(*job) for all jobs, in their order."""
+    with ThreadPoolExecutor(at_a_time) as pool:
+        return list(pool.map(lambda job: run(*job), jobs))
+
+
+def mean_std(values: list[float], digits: int = 1) -> str:
+    """Mean ± sample standard deviation over seeds."""
+    spread = stdev(values) if len(values) > 1 else 0.0
+    return f"{mean(values):,.{digits}f} ± {spread:,.{digits}f}"
