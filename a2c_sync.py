@@ -1,15 +1,15 @@
 """Synchronous advantage actor-critic (A2C): decisions D1-D5 of the lecture in one file.
 
 N environments take T steps with the same parameters; their T x N transitions form one batch (D5). With
-`--num-envs 1 --num-steps 1` it is the fully online algorithm (D3). Each batch is learned from in the lecture's
-order (D4): targets, critic, advantage, actor.
+`--num-envs 1 --num-steps 1` it is the fully online algorithm (D3). Learned in the lecture's order (D4): targets,
+critic, actor; by two separate networks (D1) or two heads of a shared trunk (D2).
 
     (1)  δ_t = r_t + γ (1 − terminated_t) V(s_{t+1}) − V(s_t)
     (2)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}                    done = terminated | truncated
     (3)  R_t = Â_t + V(s_t)
     (4)  L_critic = ½ mean (V_φ(s_t) − R_t)²
     (5)  L_actor  = −mean log π_θ(a_t|s_t) Â_t − β mean H(π_θ(·|s_t))
-    (6)  L = L_actor + c L_critic                               shared trunk only (D2)
+    (6)  L = L_actor + c L_critic
 
 γ --gamma, λ --gae-lambda (1: n-step returns), β --ent-coef, c --value-coef. (1)-(3): arXiv 1506.02438 eq. 11-16.
 
@@ -51,8 +51,8 @@ class Args(RunArgs):
     """λ of the advantage; 1 gives n-step returns, 0 the one-step δ"""
     ent_coef: float = 0.01
     """β, weight of the entropy bonus"""
-    value_coef: float | None = None
-    """c, weight of the critic's loss; only with --network shared, there 0.5 by default"""
+    value_coef: float = 0.5
+    """c, weight of the critic's loss; matters where the networks share a trunk"""
     actor_lr: float = 5e-3
     """learning rate of the actor; with --network shared of everything"""
     critic_lr: float | None = None
@@ -69,8 +69,6 @@ class Args(RunArgs):
 
 def check(args: Args):
     """Raises UserError for flags that contradict each other."""
-    if args.network == "separate" and args.value_coef is not None:
-        raise UserError("--value-coef weighs two losses in one trunk; it goes with --network shared.")
     if args.network == "shared" and args.critic_lr is not None:
         raise UserError(
             "--critic-lr needs a critic of its own; with --network shared, use --actor-lr and --value-coef."
@@ -254,7 +252,8 @@ def trunk_gradients(actor_loss, critic_loss, trunk):
 def gradient_step(optimizer, loss, max_grad_norm):
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
     optimizer.step()
 
 
@@ -270,16 +269,16 @@ def train(args: Args) -> dict:
     agent = ActorCritic(envs.single_observation_space, envs.single_action_space, args).to(device)
     actor, critic, trunk = agent.actor, agent.critic, agent.trunk
 
-    shared = args.network == "shared"
-    value_coef = 0.5 if args.value_coef is None else args.value_coef
-    Optimizer = RMSpropA3C if args.optimizer == "rmsprop" else Adam
-    if shared:
-        actor_optimizer = Optimizer(agent.parameters(), args.actor_lr)
-        optimizers = {"actor_optimizer": actor_optimizer}
+    # Separate networks: a group each, so that neither learning rates nor clipping tie them together
+    if args.network == "shared":
+        groups = [{"params": list(agent.parameters()), "lr": args.actor_lr}]
     else:
-        actor_optimizer = Optimizer(actor.parameters(), args.actor_lr)
-        critic_optimizer = Optimizer(critic.parameters(), args.critic_lr or args.actor_lr)
-        optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+        groups = [
+            {"params": list(actor.parameters()), "lr": args.actor_lr},
+            {"params": list(critic.parameters()), "lr": args.critic_lr or args.actor_lr},
+        ]
+    learning_rates = [group["lr"] for group in groups]
+    optimizer = RMSpropA3C(groups) if args.optimizer == "rmsprop" else Adam(groups)
 
     # One rollout: T steps of N environments. obs and done have a row more, for what the last step led to
     T, N = args.num_steps, args.num_envs
@@ -289,7 +288,7 @@ def train(args: Args) -> dict:
     rewards, terminated = np.zeros((T, N), np.float32), np.zeros((T, N), np.float32)
     done = np.zeros((T + 1, N), np.float32)  # done[t]: s_t ended its episode, step t only resets
 
-    with run.open(agent=agent, envs=envs, **optimizers):
+    with run.open(agent=agent, envs=envs, optimizer=optimizer):
         env_steps, updates = run.env_steps, run.updates
         log_every = max(1, 1000 // (T * N))  # updates; losses at least every 1000 environment steps
         while env_steps < args.total_timesteps:
@@ -311,31 +310,31 @@ def train(args: Args) -> dict:
                 continue  # one environment, one step, and it was a reset
             rollout = [torch.as_tensor(x, device=device) for x in (rewards, terminated, done[1:])]  # (T, N) each
             valid = torch.as_tensor(1 - done[:-1], device=device)
-            if args.lr_decay:
-                left = max(0.0, 1 - env_steps / args.total_timesteps)
-                for optimizer in optimizers.values():
-                    optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * left
+            remaining = max(0.0, 1 - env_steps / args.total_timesteps) if args.lr_decay else 1.0
+            for group, learning_rate in zip(optimizer.param_groups, learning_rates):
+                group["lr"] = learning_rate * remaining
             log_now = updates % log_every == 0
             updates += 1
 
-            # Targets, and the critic first (D4)
+            # Targets
             features = trunk(obs)  # (T + 1, N, ...); with separate networks obs itself
             values = critic(features)  # (T + 1, N): one pass gives every V(s) and every V(s')
             advantages, returns = gae(values.detach(), *rollout, args.gamma, args.gae_lambda)
+
+            # Critic. A step of its own before the advantage is evaluated (D4 to the letter) measured no better: see docs
             critic_loss = critic_loss_fn(values[:-1], returns, valid)
-            if not shared:
-                gradient_step(critic_optimizer, critic_loss, args.max_grad_norm)
-                with torch.no_grad():  # the advantage is evaluated with the critic just fitted
-                    advantages, _ = gae(critic(features), *rollout, args.gamma, args.gae_lambda)
 
             # Actor
             policy = actor(features[:-1])
             entropy = policy.entropy()  # (T, N)
             log_probs = policy.log_prob(torch.stack(actions))
             actor_loss = actor_loss_fn(log_probs, advantages, entropy, args.ent_coef, valid)
-            conflict = trunk_gradients(actor_loss, value_coef * critic_loss, trunk) if shared and log_now else {}
-            loss = actor_loss + value_coef * critic_loss if shared else actor_loss  # (6)
-            gradient_step(actor_optimizer, loss, args.max_grad_norm)
+
+            loss = actor_loss + args.value_coef * critic_loss  # (6)
+            conflict = {}
+            if log_now and args.network == "shared":
+                conflict = trunk_gradients(actor_loss, args.value_coef * critic_loss, trunk)
+            gradient_step(optimizer, loss, args.max_grad_norm)
 
             # Log
             run.require_finite(env_steps, critic_loss=critic_loss, actor_loss=actor_loss)

@@ -15,7 +15,7 @@ class RMSpropA3C(torch.optim.Optimizer):
     g starts at 1, as TensorFlow's did.
     """
 
-    def __init__(self, params, lr: float, alpha: float = 0.99, eps: float = 1e-5):
+    def __init__(self, params, lr: float = 7e-4, alpha: float = 0.99, eps: float = 1e-5):
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
         for group in self.param_groups:
             for p in group["params"]:

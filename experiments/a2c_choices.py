@@ -1,6 +1,6 @@
 """The choices that a2c_sync.py made by measurement (docs/a2c_sync.md holds what came out):
 
-    python experiments/a2c_choices.py --choice order        is the advantage evaluated after the critic's step (D4)?
+    python experiments/a2c_choices.py --choice order        is the advantage better evaluated after a step of the critic (D4)?
     python experiments/a2c_choices.py --choice optimizer    Adam or A3C's RMSProp, each at several learning rates?
 
 A variant is the script with one passage replaced, so that the script needs no switch for it.
@@ -13,9 +13,17 @@ from typing import Literal
 import tyro
 from runs import ROOT, mean_std, run_all
 
-REEVALUATION = """                with torch.no_grad():  # the advantage is evaluated with the critic just fitted
-                    advantages, _ = gae(critic(features), *rollout, args.gamma, args.gae_lambda)
-"""
+# D4 to the letter: a step of the critic, then the advantage of the critic just fitted, then a step of the actor.
+# Parameters without a gradient are passed over by both optimizers, so that one optimizer can make both steps.
+CRITIC = "            critic_loss = critic_loss_fn(values[:-1], returns, valid)\n"
+D4 = {
+    CRITIC: CRITIC
+    + """            gradient_step(optimizer, critic_loss, args.max_grad_norm)
+            with torch.no_grad():
+                advantages, _ = gae(critic(features), *rollout, args.gamma, args.gae_lambda)
+""",
+    "            loss = actor_loss + args.value_coef * critic_loss  # (6)\n": "            loss = actor_loss\n",
+}
 TASKS = {  # flags, and the training return that counts as solved
     "CartPole-v1": ("--total-timesteps 300000", 475),
     "Acrobot-v1": ("--env-id Acrobot-v1 --actor-lr 2e-3 --total-timesteps 200000", -100),
@@ -34,13 +42,15 @@ class Options:
     """folder of the runs; those that are there are not run again"""
 
 
-def variant(out: Path, name: str, old: str, new: str) -> Path:
-    """a2c_sync.py with one passage replaced, as a script of its own."""
+def variant(out: Path, name: str, edits: dict[str, str]) -> Path:
+    """a2c_sync.py with some passages replaced, as a script of its own."""
     source = (ROOT / "a2c_sync.py").read_text()
-    assert source.count(old) == 1, f"the passage that {name} replaces is not in a2c_sync.py"
+    for old, new in edits.items():
+        assert source.count(old) == 1, f"a passage that {name} replaces is not in a2c_sync.py"
+        source = source.replace(old, new)
     path = out / name / "a2c_sync.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source.replace(old, new))
+    path.write_text(source)
     return path
 
 
@@ -66,8 +76,8 @@ def compare(options: Options, variants: dict[str, tuple[Path, str]]):
 def main(options: Options):
     script = ROOT / "a2c_sync.py"
     if options.choice == "order":
-        stale = variant(Path(options.out).absolute(), "stale", REEVALUATION, "")
-        compare(options, {"after the critic's step": (script, ""), "before it": (stale, "")})
+        d4 = variant(Path(options.out).absolute(), "d4", D4)
+        compare(options, {"one step for both": (script, ""), "critic, then advantage, then actor": (d4, "")})
     else:
         rates = {"adam": ("1e-3", "2e-3", "5e-3", "1e-2"), "rmsprop": ("7e-4", "2e-3", "5e-3", "1e-2")}
         compare(

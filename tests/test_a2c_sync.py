@@ -203,14 +203,24 @@ def test_lr_decay_falls_linearly(workdir):
     rates = {}
     for decay in (True, False):
         train(Args(run_dir=str(decay), lr_decay=decay, **SHORT))
-        rates[decay] = checkpoint(str(decay))["parts"]["actor_optimizer"]["param_groups"][0]["lr"]
+        rates[decay] = checkpoint(str(decay))["parts"]["optimizer"]["param_groups"][0]["lr"]
     assert rates[False] == Args().actor_lr and rates[True] == pytest.approx(0, abs=Args().actor_lr * 0.05)
 
 
-def test_gradients_are_clipped():
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    a2c_sync.gradient_step(torch.optim.SGD([parameter], lr=1.0), (parameter * torch.tensor([30.0, 40.0])).sum(), 0.5)
-    torch.testing.assert_close(parameter.detach(), -torch.tensor([0.3, 0.4]))
+def test_each_networks_gradient_is_clipped_on_its_own():
+    a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0)
+    loss = (a * torch.tensor([30.0, 40.0])).sum() + (b * torch.tensor([0.1, 0.2])).sum()
+    a2c_sync.gradient_step(optimizer, loss, 0.5)
+    torch.testing.assert_close(a.detach(), -torch.tensor([0.3, 0.4]))
+    torch.testing.assert_close(b.detach(), -torch.tensor([0.1, 0.2]))
+
+
+@pytest.mark.parametrize("flags, rates", [({}, [5e-3, 5e-3]), ({"critic_lr": 1e-2}, [5e-3, 1e-2])])
+def test_each_network_has_its_learning_rate(workdir, flags, rates):
+    run(actor_lr=5e-3, lr_decay=False, **flags)
+    groups = checkpoint("run")["parts"]["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == rates
 
 
 def test_actions_reach_the_environment_in_its_own_bounds(workdir):

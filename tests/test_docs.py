@@ -14,14 +14,23 @@ from conftest import ROOT
 from common.evaluate import EvaluateArgs
 from common.run import check_ranges
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "a2c_sync.py", *sorted((ROOT / "experiments").glob("*.py"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "a2c_sync.py",
+    *sorted((ROOT / "experiments").glob("*.py")),
+]
 
 
 def commands():
     """(page, command) for each shell command in an indented block or in a table's back quotes."""
     for page in PAGES:
         for line in page.read_text().splitlines():
-            for command in [line] if re.match(r"    (pip|python|tensorboard|pytest) ", line) else re.findall(r"`(python [^`]+)`", line):
+            for command in (
+                [line]
+                if re.match(r"    (pip|python|tensorboard|pytest) ", line)
+                else re.findall(r"`(python [^`]+)`", line)
+            ):
                 for part in re.split(r" {2,}", command.strip())[0].split(" && "):
                     yield page.name, part
 
@@ -47,7 +56,9 @@ def test_command(page, command, monkeypatch):
     if words[0] == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = re.findall(r"\[(.*?)\]", words[-1])
-        assert words[1] == "install" and all(e in project["optional-dependencies"] for e in ",".join(extras).split(",") if e)
+        assert words[1] == "install" and all(
+            e in project["optional-dependencies"] for e in ",".join(extras).split(",") if e
+        )
     elif words[:3] == ["python", "-m", "common.evaluate"]:
         tyro.cli(EvaluateArgs, args=words[3:])
     elif words[0] == "python":

@@ -214,7 +214,7 @@ BAD = {
     "--checkpoint-every 0": "--checkpoint-every",
     "--eval-episodes 0": "--eval-episodes",
     "--num-threads 0": "--num-threads",
-    "--value-coef 0.5": "--network shared",
+    "--value-coef -0.5": "--value-coef",
     "--network shared --critic-lr 0.1": "--critic-lr",
     "--resume nowhere": "no run folder",
     "--resume nowhere --run-dir other": "no run folder",
