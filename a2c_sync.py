@@ -119,7 +119,7 @@ def make_body(space: gym.spaces.Box) -> nn.Module:
 
 
 class Categorical:
-    """π over n actions, from logits (..., n). Samples 6 times as fast as torch.distributions, and lets NaN reach the loss."""
+    """π over n actions, from logits (..., n). Samples 6 times as fast as torch.distributions; NaN goes on to the loss."""
 
     def __init__(self, logits: torch.Tensor):
         self.log_probs = logits.log_softmax(-1)
@@ -139,7 +139,7 @@ class Categorical:
 
 
 class Gaussian:
-    """π over actions (..., A): independent Gaussians, mean (..., A) from the network, log σ (A,) the same in every state."""
+    """π over actions (..., A): independent Gaussians; mean (..., A) from the network, log σ (A,) the same everywhere."""
 
     def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
         self.mean, self.log_std = mean, log_std
@@ -187,7 +187,7 @@ class Critic(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """separate (D1): the trunk is the identity, actor and critic share nothing. shared (D2): they are heads of one trunk."""
+    """separate (D1): the trunk is the identity, actor and critic share nothing. shared (D2): two heads of one trunk."""
 
     def __init__(self, observation_space: gym.spaces.Box, action_space: gym.Space, args: Args):
         super().__init__()
@@ -209,7 +209,7 @@ class ActorCritic(nn.Module):
 
 
 def gae(values, rewards, terminated, done, gamma, gae_lambda):
-    """Â and R by generalized advantage estimation, arXiv 1506.02438 eq. 11 and 16; values (T + 1, N), the rest (T, N)."""
+    """Â and R, generalized advantage estimation (arXiv 1506.02438 eq. 11, 16); values (T + 1, N), the rest (T, N)."""
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]  # (1)
     decays = gamma * gae_lambda * (1 - done)
     advantage, advantages = torch.zeros_like(rewards[0]), []
@@ -321,7 +321,7 @@ def train(args: Args) -> dict:
             values = critic(features)  # (T + 1, N): one pass gives every V(s) and every V(s')
             advantages, returns = gae(values.detach(), *rollout, args.gamma, args.gae_lambda)
 
-            # Critic. A step of its own before the advantage is evaluated (D4 to the letter) measured no better: see docs
+            # Critic; a step of its own before the advantage is evaluated (D4 to the letter) measured no better: docs
             critic_loss = critic_loss_fn(values[:-1], returns, valid)
 
             # Actor

@@ -88,7 +88,7 @@ class EpisodeStatistics(VectorWrapper):
 
 
 class Envs(VectorWrapper):
-    """What the networks see: vectors as float32, actions of a Box in [-1, 1], Atari's rewards clipped (Mnih et al. 2015)."""
+    """What networks see: vectors as float32, actions of a Box in [-1, 1], Atari's rewards clipped (Mnih et al. 2015)."""
 
     def __init__(self, envs, clip_rewards: bool):
         super().__init__(envs)
@@ -173,18 +173,21 @@ def check_spaces(observation_space, action_space, args):
     shape = observation_space.shape if isinstance(observation_space, Box) else None
     if shape is None or len(shape) not in (1, 3):
         raise UserError(
-            f"The observation space {observation_space} is not supported; gymnasium.wrappers.FlattenObservation makes it a vector."
+            f"The observation space {observation_space} is not supported; "
+            "gymnasium.wrappers.FlattenObservation makes it a vector."
         )
     if len(shape) == 3 and (observation_space.dtype != np.uint8 or shape[0] > 16 or min(shape[1:]) < 36):
         raise UserError(
-            f"Images must be uint8, channels first and at least 36 x 36, not {observation_space}; gymnasium.wrappers.TransformObservation can bring them there."
+            f"Images must be uint8, channels first and at least 36 x 36, not {observation_space}; "
+            "gymnasium.wrappers.TransformObservation can bring them there."
         )
     if len(shape) == 3 and getattr(args, "normalize_obs", False):
         raise UserError("--normalize-obs is for vectors; images are scaled in the network.")
     bounded = isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.is_bounded()
     if not bounded and not isinstance(action_space, Discrete):
         raise UserError(
-            f"The action space {action_space} is not supported; use Discrete or a bounded one-dimensional Box (gymnasium.wrappers.TransformAction maps others to it)."
+            f"The action space {action_space} is not supported; use Discrete or a bounded one-dimensional Box "
+            "(gymnasium.wrappers.TransformAction maps others to it)."
         )
 
 

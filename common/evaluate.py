@@ -17,7 +17,7 @@ from common.errors import UserError
 
 @torch.no_grad()
 def evaluate(agent, args, env_state: dict, episodes: int, seed: int | None = None, frames: list | None = None):
-    """Greedy returns and lengths of `episodes` episodes, each (episodes,), in fresh environments with frozen statistics.
+    """Greedy returns and lengths, each (episodes,), in fresh environments with frozen statistics.
 
     Every environment plays a fixed number of episodes; taking whichever end first would favour short ones.
     """

@@ -1,4 +1,4 @@
-"""What every script does that is no reinforcement learning: flags, seeds, the run folder, checkpoints, signals, results.json."""
+"""What every script does that is no reinforcement learning: flags, seeds, run folder, checkpoints, signals, results."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ class RunArgs:
     num_envs: int = 8
     """environments that step in parallel"""
     vectorization: Literal["auto", "sync", "async"] = "auto"
-    """auto: the environment's own vector form, else one process; async: a process for each environment, for slow simulators"""
+    """auto: the environment's own vector form, else sync: one process; async: a process each, for slow simulators"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
     num_threads: int = 1

@@ -1,6 +1,6 @@
 """The choices that a2c_sync.py made by measurement (docs/a2c_sync.md holds what came out):
 
-    python experiments/a2c_choices.py --choice order        is the advantage better evaluated after a step of the critic (D4)?
+    python experiments/a2c_choices.py --choice order        is the advantage better evaluated after the critic's step?
     python experiments/a2c_choices.py --choice optimizer    Adam or A3C's RMSProp, each at several learning rates?
 
 A variant is the script with one passage replaced, so that the script needs no switch for it.

@@ -105,7 +105,7 @@ class MDP:
         return V, self.R + gamma * self.P @ V
 
     def rollouts(self, T):
-        """Every sequence (s_0, a_0, ..., s_T): states (T + 1, N), actions (T, N), with the probability of the states given the actions.
+        """Every (s_0, a_0, ..., s_T): states (T + 1, N), actions (T, N), probability of the states given the actions (N,).
 
         After termination the reset step leads to a start state, as gymnasium's autoreset does.
         """
@@ -146,7 +146,7 @@ def make_tabular():
 
 
 def with_probabilities(valid, p):
-    """The functions average over `valid`; weighted by probabilities, the average over all rollouts is the expectation."""
+    """The functions average over `valid`; weighted by probabilities, the average over all rollouts is an expectation."""
     return valid * p
 
 
@@ -173,7 +173,7 @@ def test_actor_gradient_is_the_policy_gradient_in_expectation(gamma, lam, T):
 
 
 def test_actor_gradient_is_that_of_the_return_whatever_the_critic():
-    """Whole episodes (γ = λ = 1, three steps, then terminated): the gradient of J itself; the baseline V changes nothing."""
+    """Whole episodes (γ = λ = 1, three steps, then terminated): the gradient of J itself, whatever the baseline V."""
     mdp = MDP(1)
     actor, critic = make_tabular()
     obs, actions, rewards, terminated, resets, p = enumerated_rollouts(mdp, actor, 3)

@@ -7,7 +7,6 @@ import random
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import toy_envs
 from conftest import ROOT, finish, start
 from helpers import checkpoint, events, metrics, results, same
 

@@ -1,4 +1,4 @@
-"""Small environments whose every observation can be recognized. Ids: `toy_envs:Name-v0` (gymnasium imports the module)."""
+"""Small environments whose observations can be recognized. Ids: `toy_envs:Name-v0` (gymnasium imports the module)."""
 
 import gymnasium as gym
 import numpy as np
@@ -51,7 +51,7 @@ class Constant(gym.Env):
 
 
 class Target(gym.Env):
-    """One-step episodes in a Box with odd bounds; the best action is the upper one if the first element shown is positive."""
+    """One-step episodes, a Box with odd bounds; the best action is the upper one if the first element is positive."""
 
     observation_space = Box(-1.0, 1.0, (3,), np.float32)
     action_space = Box(np.array([-3.0], np.float32), np.array([5.0], np.float32))
