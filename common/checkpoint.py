@@ -10,6 +10,7 @@ import torch
 
 from common.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 FORMAT = "actor-critic checkpoint 1"
 
 
@@ -46,11 +47,12 @@ def read_args(run_dir: str | Path) -> dict:
     path = Path(run_dir) / "args.json"
     try:
         saved = json.loads(path.read_text())
-        saved["script"]
+        if not (saved["script"].isidentifier() and (ROOT / f"{saved['script']}.py").is_file()):
+            raise ValueError
         return saved
     except FileNotFoundError:
         raise UserError(f"{str(run_dir)!r} is no run folder: it has no args.json.") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{str(path)!r} is damaged or was not written by this project.") from None
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import multiprocessing
-import signal
+import os
 import warnings
 
 import gymnasium as gym
@@ -42,13 +42,13 @@ def make_envs(args, num_envs: int | None = None, evaluation: bool = False, rende
     elif not native:
         is_async = args.vectorization == "async"
         options["vectorization_mode"] = "async" if is_async else "sync"
-        if is_async:  # a fork after torch has started threads can hang
-            options |= {"vector_kwargs": {"context": "spawn"}, "wrappers": [ignore_interrupt]}
+        if is_async:  # a fork of this process could hang, its threads missing; a fork of a clean server imports once
+            options |= {"vector_kwargs": {"context": "forkserver"}, "wrappers": [own_group]}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium's remarks on spaces; unsupported ones are refused below
             envs = gym.make_vec(spec, num_envs=num_envs, **options)
-    except (ImportError, gym.error.DependencyNotInstalled) as error:
+    except (ImportError, gym.error.Error) as error:
         raise missing_extra(args.env_id, str(spec.entry_point), error) from None
     if envs.metadata.get("autoreset_mode") != AutoresetMode.NEXT_STEP:
         raise UserError(f"{args.env_id} does not use gymnasium's autoreset mode NEXT_STEP, on which all scripts rely.")
@@ -93,12 +93,15 @@ class Envs(VectorWrapper):
     def __init__(self, envs, clip_rewards: bool):
         super().__init__(envs)
         space = envs.single_observation_space
-        self._dtype = np.float32 if len(space.shape) == 1 else np.uint8
-        self.single_observation_space = Box(space.low, space.high, space.shape, self._dtype)
+        if len(space.shape) == 1:
+            self.single_observation_space = Box(-np.inf, np.inf, space.shape, np.float32)
+        self._dtype = self.single_observation_space.dtype
         space = envs.single_action_space
         self._box = isinstance(space, Box)
         if self._box:
-            self._centre, self._half_range = (space.high + space.low) / 2, (space.high - space.low) / 2
+            self._bounds = space.low, space.high
+            low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+            self._centre, self._half_range = (high + low) / 2, (high - low) / 2
             self.single_action_space = Box(-1.0, 1.0, space.shape, space.dtype)
         else:
             self._start = int(space.start)
@@ -109,8 +112,9 @@ class Envs(VectorWrapper):
         return obs.astype(self._dtype, copy=False), infos
 
     def step(self, actions: np.ndarray):
-        if self._box:  # a Gaussian's sample may lie outside
-            actions = (self._centre + self._half_range * actions.clip(-1.0, 1.0)).astype(self._centre.dtype)
+        if self._box:  # a Gaussian's sample may lie outside, and rounding may leave the bounds by a digit
+            actions = self._centre + self._half_range * actions.clip(-1.0, 1.0)
+            actions = actions.astype(self._bounds[0].dtype).clip(*self._bounds)
         elif self._start:
             actions = actions + self._start
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
@@ -128,7 +132,7 @@ class Envs(VectorWrapper):
         """Statistics of the observation normalization, if there is one."""
         if not isinstance(self.env, NormalizeObservation):
             return {}
-        rms = self.env.obs_rms
+        rms = self.env.obs_rms  # --normalize-obs
         return {"mean": torch.from_numpy(rms.mean), "var": torch.from_numpy(rms.var), "count": float(rms.count)}
 
     def load_state_dict(self, state: dict):
@@ -184,15 +188,16 @@ def check_spaces(observation_space, action_space, args):
     if len(shape) == 3 and getattr(args, "normalize_obs", False):
         raise UserError("--normalize-obs is for vectors; images are scaled in the network.")
     bounded = isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.is_bounded()
+    bounded = bounded and np.issubdtype(action_space.dtype, np.floating)
     if not bounded and not isinstance(action_space, Discrete):
         raise UserError(
-            f"The action space {action_space} is not supported; use Discrete or a bounded one-dimensional Box "
+            f"The action space {action_space} is not supported; use Discrete or a bounded one-dimensional float Box "
             "(gymnasium.wrappers.TransformAction maps others to it)."
         )
 
 
-def ignore_interrupt(env):
-    """In a worker process: Ctrl-C reaches all processes of a terminal, but only the main one may answer it."""
+def own_group(env):
+    """In a worker process: Ctrl-C and SIGTERM of a process group are for the main process, which then ends its workers."""
     if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.setpgrp()
     return env
