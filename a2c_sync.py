@@ -296,6 +296,10 @@ def train(args: Args) -> dict:
                 obs[T] = torch.as_tensor(envs.reset(seed=run.env_seed(env_steps))[0])
                 done[T] = 0
 
+            remaining = 1 - env_steps / args.total_timesteps if args.lr_decay else 1.0
+            for group, learning_rate in zip(optimizer.param_groups, learning_rates):
+                group["lr"] = learning_rate * remaining
+
             # Act: all environments with the same parameters (D5)
             obs[0], done[0] = obs[T], done[T]
             for t in range(T):
@@ -310,9 +314,6 @@ def train(args: Args) -> dict:
                 continue  # one environment, one step, and it was a reset
             rollout = [torch.as_tensor(x, device=device) for x in (rewards, terminated, done[1:])]  # (T, N) each
             valid = torch.as_tensor(1 - done[:-1], device=device)
-            remaining = max(0.0, 1 - env_steps / args.total_timesteps) if args.lr_decay else 1.0
-            for group, learning_rate in zip(optimizer.param_groups, learning_rates):
-                group["lr"] = learning_rate * remaining
             log_now = updates % log_every == 0
             updates += 1
 

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AutoresetMode, VectorWrapper
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorWrapper
 from gymnasium.wrappers.vector import NormalizeObservation
 
 from common.errors import UserError
@@ -121,6 +121,11 @@ class Envs(VectorWrapper):
         if self._clip_rewards:
             rewards = rewards.clip(-1, 1)
         return obs.astype(self._dtype, copy=False), rewards, terminated, truncated, infos
+
+    def close(self, terminate: bool = False):
+        """`terminate`: do not wait for the answer of worker processes, one of which may have died."""
+        in_processes = isinstance(self.unwrapped, AsyncVectorEnv)
+        self.env.close(**({"terminate": True} if terminate and in_processes else {}))
 
     def picture(self, obs: np.ndarray) -> np.ndarray:
         """The first environment as an RGB picture (H, W, 3); Atari's does not render: what the agent sees, enlarged."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
+import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -13,6 +14,9 @@ import tyro
 from common.checkpoint import load_checkpoint, read_args
 from common.envs import env_seed, make_envs
 from common.errors import UserError
+
+
+MAX_EPISODE_STEPS = 30_000  # Atari's games last up to 27,000; without a limit, a policy may never come to an end
 
 
 @torch.no_grad()
@@ -28,13 +32,19 @@ def evaluate(agent, args, env_state: dict, episodes: int, seed: int | None = Non
     envs.load_state_dict(env_state)
     # The seed differs from those of training, which are made of (seed, environment steps)
     obs, _ = envs.reset(seed=env_seed(args.seed if seed is None else seed, 2**62))
-    returns, lengths = [], []
+    returns, lengths, steps_left = [], [], MAX_EPISODE_STEPS * int(quota.max())
     try:
         while quota.any():
             if frames is not None:
                 frames.append(envs.picture(obs))
             actions = agent.act(torch.as_tensor(obs, device=device), greedy=True)
             obs, _, _, _, infos = envs.step(actions.cpu().numpy())
+            steps_left -= 1
+            if steps_left < 0:
+                raise UserError(
+                    f"Greedy episodes of {args.env_id} do not end within {MAX_EPISODE_STEPS:,} steps; "
+                    "register it with max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit."
+                )
             for i in np.flatnonzero(infos.get("_episode", [])):
                 if quota[i] > 0:
                     quota[i] -= 1
@@ -55,7 +65,10 @@ def load_agent(run_dir: str | Path):
     envs = make_envs(args, 1, evaluation=True)
     agent = script.ActorCritic(envs.single_observation_space, envs.single_action_space, args)
     envs.close()
-    agent.load_state_dict(content["parts"]["agent"])
+    try:
+        agent.load_state_dict(content["parts"]["agent"])
+    except (KeyError, RuntimeError):
+        raise UserError(f"The checkpoint in {str(run_dir)!r} does not fit its args.json.") from None
     return agent, args, content["parts"]["envs"], content["env_steps"]
 
 
@@ -95,7 +108,10 @@ def write_video(agent, args, env_state: dict, run_dir: Path, seed: int | None):
     except ImportError:
         raise UserError('--video needs an extra: pip install -e ".[video]"') from None
     frames = []
-    evaluate(agent, args, env_state, 1, seed, frames)
+    try:
+        evaluate(agent, args, env_state, 1, seed, frames)
+    except (TypeError, gym.error.Error) as error:
+        raise UserError(f"{args.env_id} does not render as rgb_array: {error}") from None
     clip = ImageSequenceClip(frames, fps=30)
     clip.write_videofile(str(run_dir / "video.mp4"), logger=None)
     print(f"video of one episode, {len(frames)} frames: {run_dir / 'video.mp4'}")

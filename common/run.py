@@ -18,13 +18,11 @@ import numpy as np
 import torch
 import tyro
 
-from common.checkpoint import load_checkpoint, read_args, restore_random, save_checkpoint
+from common.checkpoint import ROOT, load_checkpoint, read_args, restore_random, save_checkpoint
 from common.envs import env_seed
 from common.errors import UserError
 from common.evaluate import evaluate
 from common.logger import Logger
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -50,7 +48,8 @@ class RunArgs:
     resume: str | None = None
     """run folder to go on with: takes every flag from there, flags given beside it override"""
     checkpoint_every: int | None = None
-    """environment steps between checkpoints; by default ten a run"""
+    """environment steps between checkpoints, at each of which all environments start anew; by default ten a run, but not
+    below 2000 steps of each environment"""
     eval_episodes: int = 20
     """episodes of the greedy evaluation at the end"""
 
@@ -64,7 +63,8 @@ class RunArgs:
 RANGES = {
     "[1, inf)": "total_timesteps num_envs num_threads checkpoint_every eval_episodes num_steps",
     "[0, 1]": "gamma gae_lambda",
-    "[0, inf)": "seed ent_coef value_coef",
+    "[0, 4294967295]": "seed",
+    "[0, inf)": "ent_coef value_coef",
     "(0, inf)": "actor_lr critic_lr",
     "(0, inf]": "max_grad_norm",
 }
@@ -108,6 +108,8 @@ def run_cli(train, Args):
         train(tyro.cli(Args, default=default, description=module.__doc__.partition("\n\n")[0]))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before there is anything to go on with
+        sys.exit(130)
 
 
 class Run:
@@ -149,14 +151,20 @@ class Run:
         self._make_folder()
         saved, self._saved = self._saved, None
         if saved is not None:
-            self._restore(saved)
+            try:
+                self._restore(saved)
+            except UserError:
+                self._release()
+                raise
+            (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
         flags = {"script": self.script.stem} | dataclasses.asdict(self.args) | {"resume": None}
         write_json(self.dir / "args.json", flags)
         print(f"{self.script.name} on {self.args.env_id}, {self.device}, run folder {self.dir}", file=sys.stderr)
         self.logger = Logger(self.dir, self.args.total_timesteps, self.env_steps, self._seconds)
         if saved is not None:
             self.logger.load_state_dict(saved["logger"])
-        every = self.args.checkpoint_every or max(1, self.args.total_timesteps // 10)
+        # Resets that come before an episode's end would keep it from ever being seen
+        every = self.args.checkpoint_every or max(self.args.total_timesteps // 10, 2_000 * self.args.num_envs)
         self._every, self._next = every, self.env_steps
         return self
 
@@ -165,7 +173,10 @@ class Run:
             self.dir = Path(self.args.resume)
         elif self.args.run_dir is not None:
             self.dir = Path(self.args.run_dir)
-            self.dir.mkdir(parents=True, exist_ok=True)
+            try:
+                self.dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--run-dir {self.args.run_dir!r} cannot be made: {error.strerror}.") from None
         else:
             env = self.args.env_id.replace("/", "-").replace(":", "-")
             name = f"runs/{env}__{self.script.stem}__{self.args.seed}__{int(time.time())}"
@@ -189,16 +200,22 @@ class Run:
             pass
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         self._restore_signals()
         self.logger.close()
-        if "envs" in self._parts:
-            self._parts["envs"].close()
+        self._release(terminate=kind is not None and kind is not SystemExit)
+
+    def _release(self, terminate: bool = False):
+        self._parts["envs"].close(terminate=terminate)
         os.close(self._lock)
 
     def _request_stop(self, number, _frame):
         self._stop_signal = number
         self._restore_signals()  # a second Ctrl-C ends at once
+
+    def _interrupt(self, number, _frame):
+        self._stop_signal = number
+        raise KeyboardInterrupt
 
     def _restore_signals(self):
         for number, handler in self._handlers.items():
@@ -219,10 +236,13 @@ class Run:
         self._save()
         self._next = (env_steps // self._every + 1) * self._every
         if self._stop_signal is not None:
-            self.logger.close()
-            print(f"Stopped at environment step {env_steps:,}. Go on with\n  {self.resume_command()}", file=sys.stderr)
-            raise SystemExit(128 + self._stop_signal)
+            self._stop()
         return True
+
+    def _stop(self):
+        self.logger.close()
+        print(f"Stopped at environment step {self.env_steps:,}. Go on with\n  {self.resume_command()}", file=sys.stderr)
+        raise SystemExit(128 + self._stop_signal)
 
     def _save(self):
         self.require_finite(self.env_steps, **{f"{name}'s weights": part for name, part in self._parts.items()})
@@ -242,6 +262,8 @@ class Run:
     def _restore(self, saved: dict):
         try:
             for name, part in self._parts.items():
+                if (found := kind_of(saved["parts"][name])) != (wanted := kind_of(part.state_dict())):
+                    raise ValueError(f"{name} holds {found}, not {wanted}")
                 part.load_state_dict(saved["parts"][name])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -271,11 +293,18 @@ class Run:
         self.env_steps, self.updates = env_steps, updates
         seconds = self.logger.seconds()
         self._save()
-        self._restore_signals()
         self.logger.close()
-        returns, _ = evaluate(
-            self._parts["agent"], self.args, self._parts["envs"].state_dict(), self.args.eval_episodes
-        )
+        try:
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            for number in self._handlers:  # nothing is lost any more: end at once
+                signal.signal(number, self._interrupt)
+            env_state = self._parts["envs"].state_dict()
+            returns, _ = evaluate(self._parts["agent"], self.args, env_state, self.args.eval_episodes)
+        except KeyboardInterrupt:
+            self._stop()
+        finally:
+            self._restore_signals()
         results = {
             "script": self.script.stem,
             "env_id": self.args.env_id,
@@ -302,6 +331,11 @@ class Run:
             f"  see it learn   tensorboard --logdir {shlex.quote(str(self.dir))}"
         )
         return results
+
+
+def kind_of(state: dict):
+    """What two states of a part must have in common: their names, or an optimizer's names of settings."""
+    return [sorted(group) for group in state["param_groups"]] if "param_groups" in state else sorted(state)
 
 
 def lock(folder: Path) -> int:

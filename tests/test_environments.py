@@ -60,18 +60,17 @@ def test_atari_rewards_are_clipped_for_learning_and_true_in_the_statistics(monke
 
 
 @pytest.mark.parametrize("network", ["separate", "shared"])
-def test_pixels_train_and_resume_bit_identically(workdir, network):
+def test_pixels_train_and_resume_bit_identically(workdir, monkeypatch, network):
     """Uninterrupted against stopped at its first checkpoint; the convolution's memory layout survives, too."""
     flags = PONG | {"network": network, "num_steps": 4, "num_envs": 2, "checkpoint_every": 64, "eval_episodes": 1}
     import a2c_sync
 
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr("common.run.evaluate", lambda *_: ([0.0], [1]))  # a game of Pong takes longer than this test should
+    # A game of Pong takes longer than this test should
+    monkeypatch.setattr("common.run.evaluate", lambda *_: ([0.0], [1]))
     train(Args(run_dir="whole", total_timesteps=200, lr_decay=False, **flags))
     train(Args(run_dir="parts", total_timesteps=128, lr_decay=False, **flags))
     # Back to a checkpoint in the middle: that of 128 steps, reset as the uninterrupted run was
     train(Args(resume="parts", total_timesteps=200))
-    monkey.undo()
     a, b = checkpoint("whole")["parts"]["agent"], checkpoint("parts")["parts"]["agent"]
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert a2c_sync.NatureCNN((4, 84, 84)).net[0][0].weight.is_contiguous(memory_format=torch.channels_last)

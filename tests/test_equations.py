@@ -244,6 +244,20 @@ def test_reset_steps_carry_no_gradient():
     assert ((values.grad != 0) == (valid == 1)).all() and ((log_probs.grad != 0) == (valid == 1)).all()
 
 
+def test_entropy_is_rewarded():
+    entropy = torch.tensor([[1.0, 3.0]], requires_grad=True)
+    loss = actor_loss_fn(torch.zeros(1, 2), torch.zeros(1, 2), entropy, 0.1, torch.ones(1, 2))
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.2) and entropy.grad.tolist() == [[-0.05, -0.05]]
+
+
+def test_images_are_scaled_in_the_network():
+    network, seen = a2c_sync.NatureCNN((4, 84, 84)), []
+    network.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network(torch.full((2, 4, 84, 84), 255, dtype=torch.uint8))
+    assert seen[0].min() == seen[0].max() == 1.0
+
+
 def test_shapes_that_would_broadcast_are_refused():
     """Pitfall 8: (T, N) against (T, N, 1)."""
     with pytest.raises(AssertionError):

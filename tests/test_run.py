@@ -22,7 +22,7 @@ import a2c_sync
 from a2c_sync import Args, train
 from common import checkpoint as checkpoint_module
 from common.checkpoint import load_checkpoint, save_checkpoint
-from common.envs import make_envs
+from common.envs import env_seed, make_envs
 from common.errors import UserError
 from common.evaluate import evaluate, load_agent
 from common.logger import Logger
@@ -148,7 +148,10 @@ def test_a_checkpoint_that_would_execute_code_is_refused(workdir):
 
 @pytest.mark.parametrize(
     "number, flags",
-    [(signal.SIGINT, ["--vectorization", "async", "--num-envs", "2"]), (signal.SIGTERM, ["--num-envs", "1"])],
+    [
+        (signal.SIGINT, ["--vectorization", "async", "--num-envs", "2"]),
+        (signal.SIGTERM, ["--vectorization", "async", "--num-envs", "2"]),
+    ],
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_interrupt_checkpoints_and_prints_how_to_go_on(workdir, number, flags):
@@ -158,7 +161,7 @@ def test_interrupt_checkpoints_and_prints_how_to_go_on(workdir, number, flags):
     )  # fmt: skip
     wait_for(lambda: os.path.exists("my run/checkpoint.pt") and len(Path("my run/metrics.csv").read_text()) > 0)
     time.sleep(1.5)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal and GNU timeout do
     status, out, err = finish(process, timeout=20)
     assert status == 128 + number and "Traceback" not in err, err
     assert 0 < checkpoint("my run")["env_steps"] < 600
@@ -166,6 +169,33 @@ def test_interrupt_checkpoints_and_prints_how_to_go_on(workdir, number, flags):
     command = re.search(r"^  python (.*--resume.*)$", err, re.MULTILINE).group(1)
     status, out, err = finish(start(*shlex.split(command), cwd=workdir))
     assert status == 0 and results("my run")["env_steps"] >= 600, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_evaluation_says_how_to_go_on(workdir, number):
+    process = start(
+        SCRIPT, "--env-id", "toy_envs:Slow-v0", "--run-dir", "run", "--num-envs", "4", "--total-timesteps", "100",
+        "--eval-episodes", "1000", cwd=workdir,
+    )  # fmt: skip
+    wait_for(lambda: os.path.exists("run/checkpoint.pt") and checkpoint("run")["env_steps"] >= 100)
+    time.sleep(0.5)
+    process.send_signal(number)
+    status, out, err = finish(process, timeout=20)
+    assert status == 128 + number and "--resume run" in err and "Traceback" not in err, err
+
+
+def test_a_dead_worker_ends_the_run(workdir):
+    process = start(
+        SCRIPT, "--env-id", "toy_envs:Slow-v0", "--run-dir", "run", "--vectorization", "async", "--num-envs", "2",
+        cwd=workdir, start_new_session=True,
+    )  # fmt: skip
+    wait_for(lambda: os.path.exists("run/checkpoint.pt"))
+    time.sleep(1)
+    worker = next(pid for pid in session_members(process.pid) if os.getpgid(pid) == pid != process.pid)
+    os.kill(worker, signal.SIGKILL)
+    status, out, err = finish(process, timeout=20)
+    assert status not in (0, None)
+    wait_for(lambda: not session_members(process.pid), timeout=10)
 
 
 def test_no_worker_outlives_a_killed_parent(workdir):
@@ -209,6 +239,8 @@ BAD = {
     "--max-grad-norm 0": "--max-grad-norm",
     "--ent-coef -1": "--ent-coef",
     "--seed -1": "--seed",
+    "--seed 18446744073709551616": "--seed",
+    "--run-dir full/file/sub": "cannot be made",
     "--checkpoint-every 0": "--checkpoint-every",
     "--eval-episodes 0": "--eval-episodes",
     "--num-threads 0": "--num-threads",
@@ -293,6 +325,16 @@ def test_flags_that_do_not_fit_the_checkpoint_are_refused(workdir):
     assert same(before, checkpoint("run"))
 
 
+@pytest.mark.parametrize("flags", [{"optimizer": "rmsprop"}, {"normalize_obs": True}, {"network": "shared"}], ids=str)
+def test_a_refused_resume_changes_nothing(workdir, flags):
+    train(Args(run_dir="run", env_id="Pendulum-v1", total_timesteps=100, num_envs=2, eval_episodes=1))
+    before = Path("run/args.json").read_text()
+    with pytest.raises(UserError, match="does not fit these flags"):
+        train(Args(resume="run", total_timesteps=300, **flags))
+    assert Path("run/args.json").read_text() == before
+    assert train(Args(resume="run", total_timesteps=300))["env_steps"] >= 300  # and nothing stays locked
+
+
 def test_a_folder_in_use_by_a_live_run_is_refused(workdir):
     process = start(SCRIPT, "--env-id", "toy_envs:Slow-v0", "--run-dir", "run", "--num-envs", "1", cwd=workdir)
     try:
@@ -320,6 +362,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(workdir, flags):
     saved = checkpoint("run")
     assert 100 <= saved["env_steps"] <= 420
     assert all(value.isfinite().all() for value in saved["parts"]["agent"].values())
+
+
+def test_broken_weights_are_not_saved(workdir, monkeypatch):
+    save = a2c_sync.Run._save
+
+    def poison(run):
+        if run.env_steps > 200:
+            next(run._parts["agent"].parameters()).data[0] = np.nan
+        save(run)
+
+    monkeypatch.setattr(a2c_sync.Run, "_save", poison)
+    with pytest.raises(UserError, match="agent's weights is not finite"):
+        train(Args(run_dir="run", total_timesteps=1_000, checkpoint_every=200))
+    assert all(weight.isfinite().all() for weight in checkpoint("run")["parts"]["agent"].values())
 
 
 def test_exploding_weights_stop_the_run_with_a_sentence(workdir):
@@ -366,6 +422,33 @@ def test_normalization_is_saved_and_frozen_in_evaluation(workdir):
     assert before["count"] > 2_000 and same(envs.state_dict(), before)
     first = evaluate(agent, args, env_state, 3)
     assert first == evaluate(agent, args, env_state, 3) and same(checkpoint("run")["parts"]["envs"], before)
+
+
+def test_what_evaluation_builds(workdir, monkeypatch):
+    """True rewards, frozen statistics, those of training; and a seed that no reset in training has."""
+    import common.evaluate as module
+
+    built, seeds = [], []
+
+    def spy(args, num_envs=None, evaluation=False, render=False):
+        envs = make_envs(args, num_envs, evaluation, render)
+        reset = envs.reset
+        envs.reset = lambda seed: seeds.append(seed) or reset(seed=seed)
+        built.append((envs, evaluation))
+        return envs
+
+    monkeypatch.setattr(module, "make_envs", spy)
+    train(Args(run_dir="run", env_id="Pendulum-v1", normalize_obs=True, total_timesteps=2_000, eval_episodes=2))
+    (envs, evaluation), state = built[-1], checkpoint("run")["parts"]["envs"]
+    assert evaluation and same(envs.state_dict(), state)
+    training = [env_seed(1, steps) for steps in range(0, 10_000, 10)]
+    assert len(set(training)) == len(training) and len(seeds) == 1 and seeds[0] not in training
+
+
+def test_an_evaluation_without_end_is_given_up(workdir, monkeypatch):
+    monkeypatch.setattr("common.evaluate.MAX_EPISODE_STEPS", 8)  # episodes of Constant-v0 have 10 steps
+    with pytest.raises(UserError, match="max_episode_steps"):
+        train(Args(run_dir="run", env_id="toy_envs:Constant-v0", total_timesteps=50, num_envs=2))
 
 
 def test_evaluation_counts_a_fixed_number_of_episodes_of_every_environment(workdir):
