@@ -156,7 +156,7 @@ def test_a_checkpoint_that_would_execute_code_is_refused(workdir):
 )
 def test_interrupt_checkpoints_and_prints_how_to_go_on(workdir, number, flags):
     process = start(
-        SCRIPT, "--env-id", "toy_envs:Slow-v0", "--run-dir", "my run", "--total-timesteps", "600",
+        SCRIPT, "--env-id", "toy_envs:Slow-v0", "--run-dir", "my run", "--total-timesteps", "400",
         "--eval-episodes", "1", *flags, cwd=workdir, start_new_session=True,
     )  # fmt: skip
     wait_for(lambda: os.path.exists("my run/checkpoint.pt") and len(Path("my run/metrics.csv").read_text()) > 0)
@@ -164,11 +164,11 @@ def test_interrupt_checkpoints_and_prints_how_to_go_on(workdir, number, flags):
     os.killpg(process.pid, number)  # as a terminal and GNU timeout do
     status, out, err = finish(process, timeout=20)
     assert status == 128 + number and "Traceback" not in err, err
-    assert 0 < checkpoint("my run")["env_steps"] < 600
+    assert 0 < checkpoint("my run")["env_steps"] < 400
     wait_for(lambda: not session_members(process.pid), timeout=5)
     command = re.search(r"^  python (.*--resume.*)$", err, re.MULTILINE).group(1)
     status, out, err = finish(start(*shlex.split(command), cwd=workdir))
-    assert status == 0 and results("my run")["env_steps"] >= 600, err
+    assert status == 0 and results("my run")["env_steps"] >= 400, err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
