@@ -14,7 +14,7 @@ critic, actor; by two separate networks (D1) or two heads of a shared trunk (D2)
 γ --gamma, λ --gae-lambda (1: n-step returns), β --ent-coef, c --value-coef. (1)-(3): arXiv 1506.02438 eq. 11-16.
 
     python a2c_sync.py                                          CartPole-v1: greedy return 500 in half a minute
-    python a2c_sync.py --env-id ALE/Pong-v5 --network shared --num-envs 16 --total-timesteps 10000000
+    python a2c_sync.py --env-id ALE/Pong-v5 --network shared --num-envs 8 --num-steps 16 --actor-lr 5e-4
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP): it is not a transition, and
 `valid` keeps it out of losses and counts. In return every obs[t + 1] is the true successor of obs[t].
@@ -292,7 +292,7 @@ def train(args: Args) -> dict:
         env_steps, updates = run.env_steps, run.updates
         log_every = max(1, 1000 // (T * N))  # updates; losses at least every 1000 environment steps
         while env_steps < args.total_timesteps:
-            if run.checkpoint(env_steps, updates):
+            if run.checkpoint(env_steps, updates):  # at the start too: simulators cannot be saved, so all begin anew
                 obs[T] = torch.as_tensor(envs.reset(seed=run.env_seed(env_steps))[0])
                 done[T] = 0
 
@@ -311,7 +311,7 @@ def train(args: Args) -> dict:
                 env_steps += N - int(done[t].sum())
                 run.logger.episodes(env_steps, infos)
             if done[:-1].all():
-                continue  # one environment, one step, and it was a reset
+                continue  # T = N = 1 and the step was a reset: there is nothing to average over
             rollout = [torch.as_tensor(x, device=device) for x in (rewards, terminated, done[1:])]  # (T, N) each
             valid = torch.as_tensor(1 - done[:-1], device=device)
             log_now = updates % log_every == 0

@@ -3,6 +3,7 @@
 import difflib
 import multiprocessing
 import os
+import sys
 import warnings
 
 import gymnasium as gym
@@ -160,6 +161,8 @@ def find_spec(env_id: str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if package:
+                if os.getcwd() not in sys.path:  # a package in the working directory, as `python -m` would find it
+                    sys.path.append(os.getcwd())
                 __import__(package)
             return gym.spec(name)
     except ModuleNotFoundError as error:

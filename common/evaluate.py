@@ -50,8 +50,10 @@ def evaluate(agent, args, env_state: dict, episodes: int, seed: int | None = Non
                     quota[i] -= 1
                     returns.append(float(infos["episode"]["r"][i]))
                     lengths.append(int(infos["episode"]["l"][i]))
-    finally:
-        envs.close()
+    except BaseException:  # a worker may owe an answer that will never come
+        envs.close(terminate=True)
+        raise
+    envs.close()
     return returns, lengths
 
 

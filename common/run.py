@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -71,7 +71,11 @@ RANGES = {
 
 
 def check_ranges(args: RunArgs):
-    """Raises UserError for the first flag outside its interval, NaN included."""
+    """Raises UserError for the first flag outside its interval (NaN included) or its choices."""
+    for name, kind in get_type_hints(type(args)).items():
+        if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):
+            choices = ", ".join(get_args(kind))
+            raise UserError(f"--{name.replace('_', '-')} must be one of {choices}, got {getattr(args, name)!r}.")
     for interval, names in RANGES.items():
         low, high = (float(bound) for bound in interval[1:-1].split(","))
         for name in names.split():
@@ -320,15 +324,17 @@ class Run:
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         } | extra
         write_json(self.dir / "results.json", results)
-        here = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
-        folder = shlex.quote(str(self.dir.resolve() if here else self.dir))
+        folder = shlex.quote(str(self.dir))
+        play = f"python -m common.evaluate {folder} --video"
+        if Path.cwd() != ROOT:
+            play = f"(cd {shlex.quote(str(ROOT))} && python -m common.evaluate {shlex.quote(str(self.dir.resolve()))} --video)"
         print(
             f"greedy return {results['eval_return_mean']:.1f} ± {results['eval_return_std']:.1f} "
             f"over {len(returns)} episodes of {self.args.env_id}\n"
             f"after {env_steps:,} environment steps in {seconds / 60:.1f} minutes ({results['sps']:,.0f} steps/s), "
             f"run folder {self.dir}\n"
-            f"  see it play    {here}python -m common.evaluate {folder} --video\n"
-            f"  see it learn   tensorboard --logdir {shlex.quote(str(self.dir))}"
+            f"  see it play    {play}\n"
+            f"  see it learn   tensorboard --logdir {folder}"
         )
         return results
 

@@ -278,6 +278,22 @@ def test_words_that_do_not_parse(workdir, monkeypatch, capsys, words):
     assert exit.value.code not in (0, None) and list(Path(".").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "flags", [{"network": "both"}, {"optimizer": "sgd"}, {"vectorization": "x"}, {"device": "gpu"}]
+)
+def test_choices_are_checked_in_python_too(workdir, flags):
+    with pytest.raises(UserError, match="must be one of"):
+        train(Args(**flags))
+    assert list(Path(".").iterdir()) == []
+
+
+def test_a_package_in_the_working_directory_is_found(workdir):
+    Path("mine.py").write_text("import gymnasium, toy_envs\ngymnasium.register('Mine-v0', toy_envs.Constant)\n")
+    words = "--env-id mine:Mine-v0 --total-timesteps 100 --num-envs 2 --vectorization async --eval-episodes 1".split()
+    status, out, err = finish(start(SCRIPT, *words, cwd=workdir))
+    assert status == 0 and "greedy return 10.0" in out, err
+
+
 def test_bad_input_as_a_process(workdir):
     """What the shell sees: exit status, one line, no traceback, no folder."""
     status, out, err = finish(start(SCRIPT, "--env-id", "CartPol-v1", cwd=workdir))
