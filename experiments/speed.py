@@ -103,7 +103,7 @@ def line(name: str, values: list[dict], key: str = "sps", digits: int = 0):
     memory = (
         f"   peak memory {max(v['peak_memory_mb'] for v in values):.0f} MB" if "peak_memory_mb" in values[0] else ""
     )
-    print(f"  {name:<34}{shown}{memory}", flush=True)
+    print(f"  {name:<40}{shown}{memory}", flush=True)
 
 
 def equal(options: Options):
