@@ -146,7 +146,7 @@ class Run:
         self._saved = load_checkpoint(Path(args.resume), self.script.stem) if args.resume else None
         torch.set_num_threads(args.num_threads)
         random.seed(args.seed)
-        np.random.seed(args.seed % 2**32)
+        np.random.seed(args.seed)
         torch.manual_seed(args.seed)
 
     def open(self, **parts) -> "Run":

@@ -184,12 +184,18 @@ def test_interrupted_evaluation_says_how_to_go_on(workdir, number):
     assert status == 128 + number and "--resume run" in err and "Traceback" not in err, err
 
 
-def test_a_dead_worker_ends_the_run(workdir):
+def start_with_workers(workdir):
+    """A run with two environment processes, in a session of its own, once it has begun to train."""
     process = start(
         SCRIPT, "--env-id", "toy_envs:Slow-v0", "--run-dir", "run", "--vectorization", "async", "--num-envs", "2",
         cwd=workdir, start_new_session=True,
     )  # fmt: skip
     wait_for(lambda: os.path.exists("run/checkpoint.pt"))
+    return process
+
+
+def test_a_dead_worker_ends_the_run(workdir):
+    process = start_with_workers(workdir)
     time.sleep(1)
     worker = next(pid for pid in session_members(process.pid) if os.getpgid(pid) == pid != process.pid)
     os.kill(worker, signal.SIGKILL)
@@ -199,11 +205,7 @@ def test_a_dead_worker_ends_the_run(workdir):
 
 
 def test_no_worker_outlives_a_killed_parent(workdir):
-    process = start(
-        SCRIPT, "--env-id", "toy_envs:Slow-v0", "--run-dir", "run", "--vectorization", "async", "--num-envs", "2",
-        cwd=workdir, start_new_session=True,
-    )  # fmt: skip
-    wait_for(lambda: os.path.exists("run/checkpoint.pt"))
+    process = start_with_workers(workdir)
     assert len(session_members(process.pid)) >= 3
     process.kill()
     finish(process)
