@@ -31,7 +31,7 @@ import torch.nn as nn
 
 from common.envs import make_envs
 from common.errors import UserError
-from common.optim import Adam, RMSpropA3C
+from common.optim import Adam, RMSpropA3C, clip_grad_norm_
 from common.run import Run, RunArgs, run_cli
 
 # --- Config -----------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def gradient_step(optimizer, loss, max_grad_norm):
     optimizer.zero_grad()
     loss.backward()
     for group in optimizer.param_groups:
-        nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+        clip_grad_norm_(group["params"], max_grad_norm)
     optimizer.step()
 
 

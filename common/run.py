@@ -61,11 +61,13 @@ class RunArgs:
 
 # Flag -> the interval its value must lie in. One table, because a flag means the same in every script.
 RANGES = {
-    "[1, inf)": "total_timesteps num_envs num_threads checkpoint_every eval_episodes num_steps",
+    "[1, inf)": "total_timesteps num_envs num_threads checkpoint_every eval_episodes num_steps batch_size buffer_size "
+    "num_action_samples",
     "[0, 1]": "gamma gae_lambda",
+    "(0, 1]": "tau",
     "[0, 4294967295]": "seed",
-    "[0, inf)": "ent_coef value_coef",
-    "(0, inf)": "actor_lr critic_lr",
+    "[0, inf)": "ent_coef value_coef learning_starts",
+    "(0, inf)": "actor_lr critic_lr updates_per_step",
     "(0, inf]": "max_grad_norm",
 }
 

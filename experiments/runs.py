@@ -22,20 +22,22 @@ def call(*words) -> str:
     return done.stdout
 
 
-def run(script: str | Path, flags: str, seed: int, run_dir: Path, threshold: float = float("inf")) -> dict:
-    """results.json of one run, and where its last 100 training episodes first had a mean return of `threshold`.
+def run(
+    script: str | Path, flags: str, seed: int, run_dir: Path, threshold: float = float("inf"), episodes: int = 100
+) -> dict:
+    """results.json of one run, and where its last `episodes` training episodes first had a mean return of `threshold`.
 
     A run folder that already holds results is read, not run again.
     """
     if not (run_dir / "results.json").exists():
         call(script, "--run-dir", run_dir, "--seed", seed, *flags.split())
-    results, returns = json.loads((run_dir / "results.json").read_text()), deque(maxlen=100)
+    results, returns = json.loads((run_dir / "results.json").read_text()), deque(maxlen=episodes)
     results |= {"solved_steps": None, "solved_seconds": None}
     with open(run_dir / "metrics.csv") as file:
         for row in csv.DictReader(file):
             if row["tag"] == "charts/episodic_return":
                 returns.append(float(row["value"]))
-                if len(returns) == 100 and mean(returns) >= threshold:
+                if len(returns) == episodes and mean(returns) >= threshold:
                     results |= {"solved_steps": int(row["env_steps"]), "solved_seconds": float(row["seconds"])}
                     break
     return results

@@ -17,6 +17,7 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "a2c_sync.py",
+    ROOT / "off_policy_ac.py",
     *sorted((ROOT / "experiments").glob("*.py")),
 ]
 

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from mdp import MDP, TERMINAL, A, S
 from torch import nn
 
 import a2c_sync
@@ -83,46 +84,6 @@ def test_rollouts_of_one_step():
 
 
 # --- A small MDP, enumerated exactly ----------------------------------------------------------------------------------
-
-S, A = 3, 2
-TERMINAL = S  # entering it terminates
-
-
-class MDP:
-    """3 states, 2 actions, random transitions that may terminate, rewards r(s, a)."""
-
-    def __init__(self, seed=0):
-        rng = np.random.default_rng(seed)
-        self.P = torch.tensor(rng.dirichlet(np.ones(S + 1), (S, A)))  # (S, A, S + 1)
-        self.R = torch.tensor(rng.normal(size=(S, A)))
-        self.start = torch.tensor(rng.dirichlet(np.ones(S)))
-
-    def exact_values(self, pi, gamma):
-        """V (S + 1,) with 0 for the terminal state, and Q (S, A)."""
-        P_pi, R_pi = torch.einsum("sa,sat->st", pi, self.P[..., :S]), (pi * self.R).sum(1)
-        V = torch.linalg.solve(torch.eye(S) - gamma * P_pi, R_pi)
-        V = torch.cat([V, torch.zeros(1)])
-        return V, self.R + gamma * self.P @ V
-
-    def rollouts(self, T):
-        """Every (s_0, a_0, ..., s_T): states (T + 1, N), actions (T, N), probability of the states given the actions (N,).
-
-        After termination the reset step leads to a start state, as gymnasium's autoreset does.
-        """
-        paths = [([s], [], self.start[s]) for s in range(S)]
-        for _ in range(T):
-            longer = []
-            for states, actions, p in paths:
-                for a in range(A):
-                    if states[-1] == TERMINAL:  # both actions lead to a reset; the policy's probabilities sum to 1
-                        successors = [(s, self.start[s]) for s in range(S)]
-                    else:
-                        successors = [(s, self.P[states[-1], a, s]) for s in range(S + 1)]
-                    longer += [(states + [s], actions + [a], p * q) for s, q in successors]
-            paths = longer
-        states, actions, p = zip(*paths)
-        return torch.tensor(states).T, torch.tensor(actions).T, torch.stack(p)
-
 
 def enumerated_rollouts(mdp, actor, T):
     """All rollouts of T steps as one batch: obs one-hot (T + 1, N, S + 1), and each rollout's probability (N,)."""
@@ -336,7 +297,7 @@ def test_rmsprop_has_epsilon_inside_the_root():
 
 
 def test_every_equation_of_the_docstring_has_its_line():
-    for script in ("a2c_sync.py",):
+    for script in ("a2c_sync.py", "off_policy_ac.py"):
         source = (ROOT / script).read_text()
         docstring, code = source.split('"""')[1], source.split('"""', 2)[2]
         announced = set(re.findall(r"^ +\((\d+)\) ", docstring, re.MULTILINE))

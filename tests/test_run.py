@@ -19,6 +19,7 @@ from conftest import ROOT, finish, start
 from helpers import checkpoint, events, metrics, results, same
 
 import a2c_sync
+import off_policy_ac
 from a2c_sync import Args, train
 from common import checkpoint as checkpoint_module
 from common.checkpoint import load_checkpoint, save_checkpoint
@@ -56,12 +57,19 @@ def session_members(session):
 RESUMED = {"num_envs": 4, "total_timesteps": 30_000, "checkpoint_every": 1_500, "eval_episodes": 3}
 
 
+SLOWER = {"num_envs": 2, "total_timesteps": 2_400, "checkpoint_every": 200, "learning_starts": 100, "batch_size": 32}
+
+
 @pytest.mark.parametrize(
-    "flags",
-    [{}, {"env_id": "Pendulum-v1", "network": "shared", "normalize_obs": True, "optimizer": "rmsprop"}],
-    ids=["default", "continuous"],
+    "script, flags",
+    [
+        (a2c_sync, {}),
+        (a2c_sync, {"env_id": "Pendulum-v1", "network": "shared", "normalize_obs": True, "optimizer": "rmsprop"}),
+        (off_policy_ac, SLOWER | {"env_id": "Pendulum-v1", "buffer_size": 700}),  # which wraps around
+    ],
+    ids=["default", "continuous", "replay"],
 )
-def test_killed_and_resumed_is_bit_identical(workdir, flags):
+def test_killed_and_resumed_is_bit_identical(workdir, script, flags):
     """SIGKILL at three random moments; then the same weights, optimizers, statistics, metrics and evaluation."""
     flags = RESUMED | flags
     words = [
@@ -76,7 +84,7 @@ def test_killed_and_resumed_is_bit_identical(workdir, flags):
     for attempt in range(4):
         continued = ["--resume", "killed"] if attempt else ["--run-dir", "killed", *words]
         before = checkpoint("killed")["env_steps"] if attempt else -1
-        process = start(SCRIPT, *continued, cwd=workdir)
+        process = start(script.__file__, *continued, cwd=workdir)
         if attempt < 3:
             # Not before it has got further than the checkpoint it began with, nor after its end
             wait_for(
@@ -90,7 +98,7 @@ def test_killed_and_resumed_is_bit_identical(workdir, flags):
             killed += process.wait() == -signal.SIGKILL
     status, out, err = finish(process)
     assert status == 0 and killed >= 2, err
-    train(Args(run_dir="undisturbed", **flags))
+    script.train(script.Args(run_dir="undisturbed", **flags))
     a, b = checkpoint("killed"), checkpoint("undisturbed")
     assert same(a["parts"], b["parts"]) and same(a["random"], b["random"])
     assert (a["env_steps"], a["updates"]) == (b["env_steps"], b["updates"])
@@ -257,17 +265,35 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("words", BAD)
-def test_bad_input(workdir, monkeypatch, capsys, words):
+BAD_REPLAY = {
+    "--critic v": "cannot score an action that was not taken",
+    "--critic v --actor-actions policy": "cannot score an action that was not taken",
+    "--num-action-samples 1": "--num-action-samples 2 or more",
+    "--num-action-samples 0": "--num-action-samples must lie in [1, inf)",
+    "--buffer-size 2 --num-envs 3": "--buffer-size must be at least",
+    "--buffer-size 0": "--buffer-size",
+    "--buffer-size 1000000000000": "would fit",
+    "--batch-size 0": "--batch-size",
+    "--learning-starts -1": "--learning-starts",
+    "--updates-per-step 0": "--updates-per-step",
+    "--tau 0": "--tau must lie in (0, 1]",
+    "--tau 1.1": "--tau",
+    "--env-id toy_envs:UnboundedActions-v0": "bounded",
+}
+ALL_BAD = [(a2c_sync, BAD, words) for words in BAD] + [(off_policy_ac, BAD_REPLAY, words) for words in BAD_REPLAY]
+
+
+@pytest.mark.parametrize("script, sentences, words", ALL_BAD, ids=[words for _, _, words in ALL_BAD])
+def test_bad_input(workdir, monkeypatch, capsys, script, sentences, words):
     if words == "--device cuda" and torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("full").mkdir()
     Path("full/file").touch()
-    monkeypatch.setattr(sys, "argv", ["a2c_sync.py", *words.split()])
+    monkeypatch.setattr(sys, "argv", ["script.py", *words.split()])
     with pytest.raises(SystemExit) as exit:
-        run_cli(train, Args)
+        run_cli(script.train, script.Args)
     message = exit.value.code
-    assert isinstance(message, str) and message.startswith("error: ") and BAD[words] in message
+    assert isinstance(message, str) and message.startswith("error: ") and sentences[words] in message
     assert message.count("\n") == 0 and len(message) < 400
     assert sorted(str(p) for p in Path(".").rglob("*")) == ["full", "full/file"]
 

@@ -1,0 +1,81 @@
+"""The first-in-first-out replay buffer (D8)."""
+
+import math
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from common.errors import UserError
+
+
+class RingBuffer:
+    """The newest `capacity` transitions.
+
+    fields: name -> (shape, dtype) of one transition's entry. Raises UserError if the machine has too little memory.
+    """
+
+    def __init__(self, capacity: int, fields: dict[str, tuple[tuple, type]], device: torch.device | str = "cpu"):
+        row = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in fields.values())
+        if capacity * row > (available := available_memory()):
+            raise UserError(
+                f"A buffer of {capacity:,} transitions of {row:,} bytes takes {capacity * row / 1e9:,.1f} GB and this "
+                f"machine has {available / 1e9:,.1f} GB free: --buffer-size {int(0.8 * available / row)} would fit."
+            )
+        print(f"replay buffer: {capacity:,} transitions, {capacity * row / 1e6:,.0f} MB when full", file=sys.stderr)
+        self.capacity, self.device = capacity, device
+        self.size = self.position = 0  # transitions stored; where the next one goes
+        self.fields = {name: np.zeros((capacity, *shape), dtype) for name, (shape, dtype) in fields.items()}
+
+    def add(self, valid: np.ndarray, **values: np.ndarray):
+        """Stores the transitions for which `valid` (N,) is true; values (N, ...) each, N at most the capacity."""
+        num_new = int(np.count_nonzero(valid))
+        end = self.position + num_new
+        everything = num_new == len(valid)
+        for name, field in self.fields.items():
+            new = values[name] if everything else values[name][valid]
+            if end <= self.capacity:
+                field[self.position : end] = new
+            else:  # over the end, on at the beginning
+                room = self.capacity - self.position
+                field[self.position :], field[: end - self.capacity] = new[:room], new[room:]
+        self.position = end % self.capacity
+        self.size = min(self.size + num_new, self.capacity)
+
+    def sample(self, batch_size: int) -> SimpleNamespace:
+        """`batch_size` transitions, uniformly and with replacement: a tensor (B, ...) for every field."""
+        index = torch.randint(self.size, (batch_size,)).numpy()  # torch's generator: it is in every checkpoint
+        return SimpleNamespace(
+            **{
+                name: torch.from_numpy(field.take(index, axis=0)).to(self.device, non_blocking=True)
+                for name, field in self.fields.items()
+            }
+        )
+
+    def state_dict(self) -> dict:
+        filled = {name: torch.from_numpy(field[: self.size]) for name, field in self.fields.items()}
+        return {"capacity": self.capacity, "position": self.position, "fields": filled}
+
+    def load_state_dict(self, state: dict):
+        if state["capacity"] != self.capacity or state["fields"].keys() != self.fields.keys():
+            raise ValueError(f"the buffer has room for {state['capacity']} transitions of {', '.join(state['fields'])}")
+        self.position = state["position"]
+        for name, field in self.fields.items():
+            self.size = len(state["fields"][name])
+            field[: self.size] = state["fields"][name].numpy()
+
+
+def available_memory() -> int:
+    """Bytes that are free on this machine, and that the container it may be allows."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: all there is
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free

@@ -1,0 +1,98 @@
+"""The ring buffer against a list, and what it takes."""
+
+import random
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+
+from common import ring_buffer
+from common.errors import UserError
+from common.ring_buffer import RingBuffer
+
+FIELDS = {"obs": ((2,), np.float32), "image": ((1, 2, 2), np.uint8), "actions": ((), np.int64)}
+
+
+def rows(first, n):
+    """Transitions first, first + 1, ..., recognizable in every field."""
+    k = np.arange(first, first + n)
+    return {
+        "obs": np.stack([k, -k], 1).astype(np.float32),
+        "image": np.broadcast_to((k % 256).astype(np.uint8)[:, None, None, None], (n, 1, 2, 2)),
+        "actions": k,
+    }
+
+
+@pytest.mark.parametrize("trial", range(30))
+def test_it_holds_what_a_list_would(trial):
+    """Random capacities, batches and masks; wrapping around, before it is full, saved and loaded in between."""
+    rng = random.Random(trial)
+    capacity = rng.randint(1, 12)
+    buffer, model, count = RingBuffer(capacity, FIELDS), deque(maxlen=capacity), 0
+    for _ in range(60):
+        n = rng.randint(1, capacity)
+        valid = np.array([rng.random() < 0.7 for _ in range(n)])
+        buffer.add(valid, **rows(count, n))
+        model.extend(np.arange(count, count + n)[valid])
+        count += n
+        assert buffer.size == len(model)
+        if rng.random() < 0.2:
+            state, buffer = buffer.state_dict(), RingBuffer(capacity, FIELDS)
+            buffer.load_state_dict(state)
+        stored = buffer.fields["actions"][: buffer.size]
+        assert sorted(stored) == sorted(model)
+        if model:  # the oldest one is where the next one goes, or first
+            assert stored[buffer.position if buffer.size == capacity else 0] == model[0]
+            batch = buffer.sample(50)
+            k = batch.actions.numpy()
+            assert set(k) <= set(model) and all((batch.__dict__[name].numpy() == rows(0, count)[name][k]).all() for name in FIELDS)
+            assert batch.image.dtype == torch.uint8 and batch.obs.shape == (50, 2)
+
+
+def test_it_samples_all_of_it_evenly():
+    torch.manual_seed(0)
+    buffer = RingBuffer(10, FIELDS)
+    for first in range(0, 14, 2):
+        buffer.add(np.ones(2, bool), **rows(first, 2))
+    counts = np.bincount(buffer.sample(100_000).actions, minlength=14)
+    assert (counts[:4] == 0).all() and abs(counts[4:] - 10_000).max() < 500
+
+
+def test_a_batch_is_a_copy():
+    buffer = RingBuffer(2, FIELDS)
+    buffer.add(np.ones(2, bool), **rows(0, 2))
+    batch = buffer.sample(20)
+    before = batch.obs.clone()
+    buffer.add(np.ones(2, bool), **rows(5, 2))
+    assert torch.equal(batch.obs, before)
+
+
+def test_memory_is_named_and_refused(monkeypatch, capsys):
+    row = 2 * 4 + 4 + 8
+    RingBuffer(1_000_000, FIELDS)
+    assert "1,000,000 transitions, 20 MB" in capsys.readouterr().err
+    monkeypatch.setattr(ring_buffer, "available_memory", lambda: 1000 * row)
+    RingBuffer(1000, FIELDS)
+    with pytest.raises(UserError, match=r"takes 0.0 GB and this machine has 0.0 GB free: --buffer-size 800 would fit"):
+        RingBuffer(1001, FIELDS)
+
+
+def test_a_million_images_with_successors_are_refused_here():
+    """56 GB, pitfall 21."""
+    image = ((4, 84, 84), np.uint8)
+    if ring_buffer.available_memory() > 57e9:
+        monster = 100_000_000
+    else:
+        monster = 1_000_000
+    with pytest.raises(UserError, match="GB free"):
+        RingBuffer(monster, {"obs": image, "next_obs": image})
+
+
+def test_available_memory_is_the_machines():
+    assert 100e6 < ring_buffer.available_memory() < 100e12
+
+
+def test_another_capacity_does_not_fit():
+    with pytest.raises(ValueError, match="room for 5"):
+        RingBuffer(6, FIELDS).load_state_dict(RingBuffer(5, FIELDS).state_dict())
