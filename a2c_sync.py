@@ -171,7 +171,9 @@ class Actor(nn.Module):
 
     def forward(self, features: torch.Tensor) -> Categorical | Gaussian:
         outputs = self.head(self.body(features))
-        return Categorical(outputs) if self.log_std is None else Gaussian(outputs, self.log_std)
+        if self.log_std is None:
+            return Categorical(outputs)
+        return Gaussian(outputs.tanh(), self.log_std)  # beyond the bounds all actions are one: nothing to learn from
 
 
 class Critic(nn.Module):

@@ -54,7 +54,7 @@ class Args(RunArgs):
     """transitions that the replay buffer holds"""
     learning_starts: int = 1_000
     """transitions in the buffer before the first update"""
-    batch_size: int = 256
+    batch_size: int = 128
     """transitions of the buffer in one update"""
     updates_per_step: float = 1.0
     """updates for every transition, of however many environments"""
@@ -66,14 +66,16 @@ class Args(RunArgs):
     """K, actions the policy samples at every state of the batch (D14)"""
     baseline: Literal["samples", "none"] = "samples"
     """what is subtracted from Q(s, a): the mean Q of the other samples, or nothing (D13)"""
-    ent_coef: float = 0.01
+    ent_coef: float = 0.1
     """β, weight of the entropy bonus"""
-    tau: float = 0.005
+    tau: float = 0.02
     """τ, share of the critic that its averaged copy takes over in an update; 1: no target network"""
-    actor_lr: float = 3e-4
+    actor_lr: float = 1e-3
     """learning rate of the actor"""
     critic_lr: float = 1e-3
     """learning rate of the critic"""
+    lr_decay: bool = True
+    """let the learning rates fall linearly to 0 at --total-timesteps"""
 
 
 def check(args: Args):
@@ -104,7 +106,7 @@ class MLP(nn.Sequential):
     num_features = 64
 
     def __init__(self, num_inputs: int):
-        super().__init__(layer(nn.Linear(num_inputs, 64)), nn.Tanh(), layer(nn.Linear(64, 64)), nn.Tanh())
+        super().__init__(layer(nn.Linear(num_inputs, 64)), nn.ReLU(), layer(nn.Linear(64, 64)), nn.ReLU())
 
 
 class NatureCNN(nn.Module):
@@ -189,7 +191,9 @@ class Actor(nn.Module):
 
     def forward(self, obs: torch.Tensor) -> Categorical | Gaussian:
         outputs = self.head(self.body(self.encoder(obs)))
-        return Categorical(outputs) if self.log_std is None else Gaussian(outputs, self.log_std)
+        if self.log_std is None:
+            return Categorical(outputs)
+        return Gaussian(outputs.tanh(), self.log_std)  # beyond the bounds all actions are one: nothing to learn from
 
 
 class Critic(nn.Module):
@@ -262,12 +266,6 @@ def polyak_update(target: nn.Module, source: nn.Module, tau: float):
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)  # (6)
 
 
-def gradient_step(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 # --- Train ------------------------------------------------------------------------------------------------------------
 
 
@@ -279,12 +277,12 @@ def train(args: Args) -> dict:
     envs = make_envs(args)
     agent = ActorCritic(envs.single_observation_space, envs.single_action_space, args).to(device)
     actor, critic, target_critic = agent.actor, agent.critic, agent.target_critic
-    optimizer = Adam(
-        [
-            {"params": list(actor.parameters()), "lr": args.actor_lr},
-            {"params": list(critic.parameters()), "lr": args.critic_lr},
-        ]
-    )
+    groups = [
+        {"params": list(actor.parameters()), "lr": args.actor_lr},
+        {"params": list(critic.parameters()), "lr": args.critic_lr},
+    ]
+    learning_rates = [group["lr"] for group in groups]
+    optimizer = Adam(groups)
 
     space, action_space = envs.single_observation_space, envs.single_action_space
     buffer = RingBuffer(
@@ -300,6 +298,42 @@ def train(args: Args) -> dict:
         device,
     )
 
+    def learn(batch):
+        """One update from a batch of the buffer; what it returns is logged."""
+        # Targets
+        with torch.no_grad():
+            next_actions = actor(batch.next_obs).sample()  # (B,): what the policy would do now (D10)
+            next_value = target_critic(batch.next_obs, next_actions)  # --critic v: of whoever acted (D9a)
+            q_target = td_target(batch.rewards, batch.terminated, next_value, args.gamma)
+
+        # Critic
+        q = critic(batch.obs, batch.actions)  # valid for any action, whoever chose it
+        critic_loss = critic_loss_fn(q, q_target)
+
+        # Actor
+        policy = actor(batch.obs)
+        with torch.no_grad():
+            pi_actions = policy.sample(args.num_action_samples)  # (K, B): fresh (D11), without the simulator
+            pi_q = critic(batch.obs, pi_actions)
+        if args.actor_actions == "policy":
+            log_probs = policy.log_prob(pi_actions)
+            scores, baseline = pi_q, leave_one_out(pi_q)
+        else:
+            log_probs = policy.log_prob(batch.actions)  # (B,): of an action that another policy chose (D9b)
+            scores = q.detach() if args.critic == "q" else q_target
+            baseline = pi_q.mean(0)  # an estimate of V(s); with --critic v it is V(s)
+        advantages = scores - baseline if args.baseline == "samples" else scores
+        if args.actor_actions == "importance":
+            advantages = advantages * importance_weights(log_probs, batch.old_log_probs)
+        entropy = policy.entropy()  # (B,)
+        actor_loss = actor_loss_fn(log_probs, advantages, entropy, args.ent_coef)
+
+        optimizer.zero_grad()
+        (critic_loss + actor_loss).backward()
+        optimizer.step()
+        polyak_update(target_critic, critic, args.tau)
+        return {"critic_loss": critic_loss, "actor_loss": actor_loss, "value": q.mean(), "entropy": entropy.mean()}
+
     with run.open(agent=agent, envs=envs, optimizer=optimizer, buffer=buffer):
         env_steps, updates = run.env_steps, run.updates
         log_every = max(1, int(500 * args.updates_per_step))  # updates; losses at least every 1000 environment steps
@@ -308,6 +342,10 @@ def train(args: Args) -> dict:
                 obs, _ = envs.reset(seed=run.env_seed(env_steps))
                 valid = np.ones(args.num_envs, bool)
 
+            remaining = 1 - env_steps / args.total_timesteps if args.lr_decay else 1.0
+            for group, learning_rate in zip(optimizer.param_groups, learning_rates):
+                group["lr"] = learning_rate * remaining
+
             # Act with the latest policy
             with torch.no_grad():
                 policy = actor(torch.as_tensor(obs, device=device))
@@ -315,6 +353,8 @@ def train(args: Args) -> dict:
                 old_log_probs = policy.log_prob(actions)
             actions, old_log_probs = actions.cpu().numpy(), old_log_probs.cpu().numpy()
             next_obs, rewards, terminated, truncated, infos = envs.step(actions)
+
+            # Store
             buffer.add(
                 valid, obs=obs, actions=actions, old_log_probs=old_log_probs,
                 rewards=rewards, next_obs=next_obs, terminated=terminated,
@@ -329,52 +369,11 @@ def train(args: Args) -> dict:
             # Learn: so many updates for each transition, not for each step of all environments
             due = int(env_steps * args.updates_per_step) - int((env_steps - new_steps) * args.updates_per_step)
             for _ in range(due):
-                batch = buffer.sample(args.batch_size)
-                log_now = updates % log_every == 0
+                losses = learn(buffer.sample(args.batch_size))
+                if updates % log_every == 0:
+                    run.require_finite(env_steps, critic_loss=losses["critic_loss"], actor_loss=losses["actor_loss"])
+                    run.logger.log(env_steps, **losses)
                 updates += 1
-
-                # Targets
-                with torch.no_grad():
-                    next_actions = actor(batch.next_obs).sample()  # (B,): what the policy would do now (D10)
-                    next_value = target_critic(batch.next_obs, next_actions)  # --critic v: of whoever acted (D9a)
-                    q_target = td_target(batch.rewards, batch.terminated, next_value, args.gamma)
-
-                # Critic
-                q = critic(batch.obs, batch.actions)  # valid for any action, whoever chose it
-                critic_loss = critic_loss_fn(q, q_target)
-
-                # Actor
-                policy = actor(batch.obs)
-                with torch.no_grad():
-                    pi_actions = policy.sample(args.num_action_samples)  # (K, B): fresh (D11), without the simulator
-                    pi_q = critic(batch.obs, pi_actions)
-                if args.actor_actions == "policy":
-                    log_probs = policy.log_prob(pi_actions)
-                    scores, baseline = pi_q, leave_one_out(pi_q)
-                else:
-                    log_probs = policy.log_prob(batch.actions)  # (B,): of an action that another policy chose (D9b)
-                    scores = q.detach() if args.critic == "q" else q_target
-                    baseline = pi_q.mean(0)  # an estimate of V(s); with --critic v it is V(s)
-                advantages = scores - baseline if args.baseline == "samples" else scores
-                if args.actor_actions == "importance":
-                    advantages = advantages * importance_weights(log_probs, batch.old_log_probs)
-                entropy = policy.entropy()  # (B,)
-                actor_loss = actor_loss_fn(log_probs, advantages, entropy, args.ent_coef)
-                gradient_step(optimizer, actor_loss + critic_loss)
-
-                # Target network
-                polyak_update(target_critic, critic, args.tau)
-
-                # Log
-                if log_now:
-                    run.require_finite(env_steps, critic_loss=critic_loss, actor_loss=actor_loss)
-                    run.logger.log(
-                        env_steps,
-                        actor_loss=actor_loss,
-                        critic_loss=critic_loss,
-                        value=q.mean(),
-                        entropy=entropy.mean(),
-                    )
         return run.finish(env_steps, updates)
 
 

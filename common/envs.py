@@ -103,7 +103,7 @@ class Envs(VectorWrapper):
             self._bounds = space.low, space.high
             low, high = space.low.astype(np.float64), space.high.astype(np.float64)
             self._centre, self._half_range = (high + low) / 2, (high - low) / 2
-            self.single_action_space = Box(-1.0, 1.0, space.shape, space.dtype)
+            self.single_action_space = Box(-1.0, 1.0, space.shape, np.float32)
         else:
             self._start = int(space.start)
         self._clip_rewards = clip_rewards

@@ -62,7 +62,7 @@ class RunArgs:
 # Flag -> the interval its value must lie in. One table, because a flag means the same in every script.
 RANGES = {
     "[1, inf)": "total_timesteps num_envs num_threads checkpoint_every eval_episodes num_steps batch_size buffer_size "
-    "num_action_samples",
+    "num_action_samples num_critics",
     "[0, 1]": "gamma gae_lambda",
     "(0, 1]": "tau",
     "[0, 4294967295]": "seed",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from runs import ROOT, mean_std, run_all
+from runs import ROOT, mean_std, run_all, variant
 
 # D4 to the letter: a step of the critic, then the advantage of the critic just fitted, then a step of the actor.
 # Parameters without a gradient are passed over by both optimizers, so that one optimizer can make both steps.
@@ -42,18 +42,6 @@ class Options:
     """folder of the runs; those that are there are not run again"""
 
 
-def variant(out: Path, name: str, edits: dict[str, str]) -> Path:
-    """a2c_sync.py with some passages replaced, as a script of its own."""
-    source = (ROOT / "a2c_sync.py").read_text()
-    for old, new in edits.items():
-        assert source.count(old) == 1, f"a passage that {name} replaces is not in a2c_sync.py"
-        source = source.replace(old, new)
-    path = out / name / "a2c_sync.py"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source)
-    return path
-
-
 def compare(options: Options, variants: dict[str, tuple[Path, str]]):
     """variants: name -> (script, flags). Prints a table."""
     out, seeds = Path(options.out).absolute() / options.choice, range(1, options.seeds + 1)
@@ -76,7 +64,7 @@ def compare(options: Options, variants: dict[str, tuple[Path, str]]):
 def main(options: Options):
     script = ROOT / "a2c_sync.py"
     if options.choice == "order":
-        d4 = variant(Path(options.out).absolute(), "d4", D4)
+        d4 = variant(Path(options.out).absolute(), "a2c_sync", "d4", D4)
         compare(options, {"one step for both": (script, ""), "critic, then advantage, then actor": (d4, "")})
     else:
         rates = {"adam": ("1e-3", "2e-3", "5e-3", "1e-2"), "rmsprop": ("7e-4", "2e-3", "5e-3", "1e-2")}

@@ -11,7 +11,7 @@ from runs import ROOT, mean_std, run_all
 
 TASKS = {
     "CartPole-v1": "",
-    "Acrobot-v1": "--env-id Acrobot-v1 --actor-lr 2e-3 --total-timesteps 200000",
+    "Acrobot-v1": "--env-id Acrobot-v1 --actor-lr 1e-3 --total-timesteps 500000",
     "LunarLander-v3": "--env-id LunarLander-v3 --total-timesteps 2000000",
     "InvertedPendulum-v5": "--env-id InvertedPendulum-v5 --actor-lr 3e-3 --ent-coef 0 --total-timesteps 200000",
 }

@@ -49,6 +49,18 @@ def run_all(jobs: list[tuple], at_a_time: int) -> list[dict]:
         return list(pool.map(lambda job: run(*job), jobs))
 
 
+def variant(out: Path, script: str, name: str, edits: dict[str, str]) -> Path:
+    """A script with some passages replaced, as a file of its own."""
+    source = (ROOT / f"{script}.py").read_text()
+    for old, new in edits.items():
+        assert source.count(old) == 1, f"a passage that {name} replaces is not in {script}.py: {old[:60]!r}"
+        source = source.replace(old, new)
+    path = out / name / f"{script}.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)
+    return path
+
+
 def mean_std(values: list[float], digits: int = 1) -> str:
     """Mean ± sample standard deviation over seeds."""
     spread = stdev(values) if len(values) > 1 else 0.0

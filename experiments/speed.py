@@ -1,10 +1,12 @@
-"""Speed of a2c_sync.py next to Stable-Baselines3's A2C, measured in turn in one run, on CartPole-v1:
+"""Speed of the scripts next to Stable-Baselines3's, or to plainer code, measured in turn in one run:
 
     pip install -e ".[bench]"
-    python experiments/speed.py                  all three parts, about ten minutes
-    python experiments/speed.py --part equal     the same settings for both: steps per second
-    python experiments/speed.py --part native    256 environments of gymnasium's native vector kind
-    python experiments/speed.py --part solve     seconds until 100 episodes have a mean training return of 475
+    python experiments/speed.py                  all parts, about ten minutes
+    python experiments/speed.py --part equal     a2c_sync.py, CartPole-v1, the same settings for both: steps per second
+    python experiments/speed.py --part native    a2c_sync.py, 256 environments of gymnasium's native vector kind
+    python experiments/speed.py --part solve     a2c_sync.py, seconds until 100 episodes have a mean return of 475
+    python experiments/speed.py --part replay    off_policy_ac.py, updates per second at K = 10 against plain code
+    python experiments/speed.py --part buffer    the ring buffer against Stable-Baselines3's, with HalfCheetah's sizes
 
 Every measurement is a process of its own with one thread. Machines vary by the minute: read the ratios.
 """
@@ -19,7 +21,7 @@ from statistics import mean, median
 from typing import Literal
 
 import tyro
-from runs import call, run
+from runs import ROOT, call, run, variant
 
 EQUAL = dict(
     num_envs=8, num_steps=5, gamma=0.99, gae_lambda=1.0, ent_coef=0.0, learning_rate=7e-4
@@ -29,10 +31,10 @@ OURS_EQUAL = "--num-envs 8 --num-steps 5 --gae-lambda 1 --ent-coef 0 --optimizer
 
 @dataclass
 class Options:
-    part: Literal["all", "equal", "native", "solve"] = "all"
+    part: Literal["all", "equal", "native", "solve", "replay", "buffer"] = "all"
     """which comparison to run"""
     rounds: int = 3
-    """how often each side of `equal` and `native` is measured, in turn"""
+    """how often each side of all parts but `solve` is measured, in turn"""
     seeds: int = 5
     """seeds of `solve`"""
     worker: str | None = None
@@ -142,14 +144,119 @@ def solve(options: Options):
         print(f"  ratio of the means {ratio:.2f}", flush=True)
 
 
+# The same algorithm as one would first write it: a loop over the K samples, an optimizer for each network
+PLAIN = {
+    """        with torch.no_grad():
+            pi_actions = policy.sample(args.num_action_samples)  # (K, B): fresh (D11), without the simulator
+            pi_q = critic(batch.obs, pi_actions)
+""": """        log_probs, pi_q = [], []
+        for _ in range(args.num_action_samples):
+            with torch.no_grad():
+                pi_actions = policy.sample()
+                pi_q.append(critic(batch.obs, pi_actions))
+            log_probs.append(policy.log_prob(pi_actions))
+        log_probs, pi_q = torch.stack(log_probs), torch.stack(pi_q)
+""",
+    "            log_probs = policy.log_prob(pi_actions)\n": "",
+    "    optimizer = Adam(groups)\n": """    optimizer = torch.optim.Adam(groups[:1])
+    critic_optimizer = torch.optim.Adam(groups[1:])
+""",
+    """        optimizer.zero_grad()
+        (critic_loss + actor_loss).backward()
+        optimizer.step()
+        polyak_update(target_critic, critic, args.tau)
+""": """        critic_optimizer.zero_grad()
+        critic_loss.backward()
+        critic_optimizer.step()
+        optimizer.zero_grad()
+        actor_loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for target_param, param in zip(target_critic.parameters(), critic.parameters()):
+                target_param.copy_(args.tau * param + (1 - args.tau) * target_param)
+""",
+}
+
+
+def replay(options: Options):
+    print(f"off_policy_ac.py, K = 10, one thread, updates per second in {options.rounds} rounds")
+    flags = "--num-action-samples 10 --updates-per-step 20 --total-timesteps 300 --learning-starts 100"
+    a, b = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        plain = variant(Path(folder), "off_policy_ac", "plain", PLAIN)
+        for i in range(options.rounds):
+            for script, into in ((ROOT / "off_policy_ac.py", a), (plain, b)):
+                end = run(script, f"{flags} --eval-episodes 1", 1, Path(folder) / f"{len(into)}_{script.parent.name}")
+                into.append(end | {"sps": end["updates"] / end["seconds"]})
+    line("off_policy_ac.py", a)
+    line("plain code", b)
+    ratios = [x["sps"] / y["sps"] for x, y in zip(a, b)]
+    print(f"  ratio {median(ratios):.2f} (median; {' '.join(f'{r:.2f}' for r in ratios)})", flush=True)
+
+
+def buffer_worker(name: str, calls: int) -> dict:
+    """Microseconds of an add of one HalfCheetah transition and a sample of 256, full buffer of 100,000."""
+    import gymnasium as gym
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(1)
+    rng, size = np.random.default_rng(0), 100_000
+    obs, action = rng.normal(size=(2, 1, 17)).astype(np.float32), rng.uniform(-1, 1, (1, 6)).astype(np.float32)
+    reward, done, valid = np.ones(1, np.float32), np.zeros(1, bool), np.ones(1, bool)
+    if name == "ours":
+        from common.ring_buffer import RingBuffer
+
+        fields = {"obs": ((17,), np.float32), "actions": ((6,), np.float32), "rewards": ((), np.float32)}
+        fields |= {"next_obs": ((17,), np.float32), "terminated": ((), np.float32)}
+        buffer = RingBuffer(size, fields)
+
+        def call():
+            buffer.add(valid, obs=obs[0], actions=action, rewards=reward, next_obs=obs[1], terminated=done)
+            return buffer.sample(256)
+
+    else:
+        from stable_baselines3.common.buffers import ReplayBuffer
+
+        box = gym.spaces.Box(-np.inf, np.inf, (17,), np.float32)
+        buffer = ReplayBuffer(size, box, gym.spaces.Box(-1, 1, (6,), np.float32), device="cpu")
+
+        def call():
+            buffer.add(obs[0], obs[1], action, reward, done, [{}])
+            return buffer.sample(256)
+
+    for _ in range(size):  # full
+        (buffer.add(valid, obs=obs[0], actions=action, rewards=reward, next_obs=obs[1], terminated=done)
+         if name == "ours" else buffer.add(obs[0], obs[1], action, reward, done, [{}]))  # fmt: skip
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return {"sps": calls / (time.perf_counter() - start)}
+
+
+def buffer(options: Options):
+    print(f"Ring buffer: add one transition and sample 256, calls per second in {options.rounds} rounds")
+    a, b = [], []
+    for _ in range(options.rounds):
+        a.append(theirs(buffer="ours", calls=20_000))
+        b.append(theirs(buffer="sb3", calls=20_000))
+    line("common/ring_buffer.py", a)
+    line("Stable-Baselines3's ReplayBuffer", b)
+    ratios = [x["sps"] / y["sps"] for x, y in zip(a, b)]
+    print(f"  ratio {median(ratios):.2f} (median; {' '.join(f'{r:.2f}' for r in ratios)})", flush=True)
+
+
+def worker(spec: dict) -> dict:
+    if "buffer" in spec:
+        return buffer_worker(spec["buffer"], spec["calls"])
+    return raw_worker(spec["num_envs"], spec["seconds"]) if spec.pop("raw", False) else sb3_worker(**spec)
+
+
 if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
     if options.worker:
-        spec = json.loads(options.worker)
-        print(
-            json.dumps(raw_worker(spec["num_envs"], spec["seconds"]) if spec.pop("raw", False) else sb3_worker(**spec))
-        )
+        print(json.dumps(worker(json.loads(options.worker))))
         sys.exit()
-    for part in (equal, native, solve):
+    for part in (equal, native, solve, replay, buffer):
         if options.part in ("all", part.__name__):
             part(options)

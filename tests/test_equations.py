@@ -85,6 +85,7 @@ def test_rollouts_of_one_step():
 
 # --- A small MDP, enumerated exactly ----------------------------------------------------------------------------------
 
+
 def enumerated_rollouts(mdp, actor, T):
     """All rollouts of T steps as one batch: obs one-hot (T + 1, N, S + 1), and each rollout's probability (N,)."""
     states, actions, p = mdp.rollouts(T)
@@ -276,6 +277,13 @@ def test_gaussian_equals_torchs():
     samples = Gaussian(mean[0, 0].expand(200_000, 3), log_std).sample()
     torch.testing.assert_close(samples.mean(0), mean[0, 0], atol=0.03, rtol=0)
     torch.testing.assert_close(samples.std(0), log_std.exp(), atol=0.03, rtol=0.01)
+
+
+def test_the_mean_of_the_gaussian_lies_inside_the_bounds():
+    """Beyond them all actions are clipped to the same one, and a mean that got there finds no way back."""
+    actor = Actor(nn.Identity(), 4, gym.spaces.Box(-1, 1, (2,)))
+    nn.init.normal_(actor.head.weight, std=100)
+    assert actor(torch.randn(50, 4)).mode().abs().max().item() == pytest.approx(1.0)
 
 
 def test_rmsprop_has_epsilon_inside_the_root():

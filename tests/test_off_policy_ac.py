@@ -147,13 +147,18 @@ def test_the_naive_critic_becomes_v_of_the_old_policy(workdir, monkeypatch):
 def actor_gradients(monkeypatch, **flags):
     """Mean gradient (3, 2) of the actor's logits over the updates of a run, and what it should be, with the same Q."""
     gradients = []
-    original = off_policy_ac.gradient_step
+    original = off_policy_ac.polyak_update
 
-    def record(optimizer, loss):
-        original(optimizer, loss)
-        gradients.append(optimizer.param_groups[0]["params"][0].grad.T[:3].clone())
+    def record(target, source, tau):
+        original(target, source, tau)
+        gradients.append(agents[0].actor.head.weight.grad.T[:3].clone())
 
-    monkeypatch.setattr(off_policy_ac, "gradient_step", record)
+    monkeypatch.setattr(off_policy_ac, "polyak_update", record)
+    agents = []
+    original_init = ActorCritic.__init__
+    monkeypatch.setattr(
+        ActorCritic, "__init__", lambda agent, *args: agents.append(agent) or original_init(agent, *args)
+    )
     agent = run_on_the_mdp(monkeypatch, total_timesteps=1_500, actor_lr=1e-12, critic_lr=1e-12, **flags)
     logits = PI_LOGITS.clone().requires_grad_()
     J = (values_of(agent) * logits.softmax(-1)).sum() / 3  # d_buffer is uniform; Q is a constant
@@ -186,28 +191,28 @@ def test_naive_actor_gradient_is_another_one(workdir, monkeypatch):
     assert (ours - exact).norm() > 0.3 * exact.norm() > 10 * error
 
 
-def test_one_actor_step_moves_only_the_actor(workdir, monkeypatch):
+def test_each_loss_reaches_its_own_network_only(workdir, monkeypatch):
     """Pitfall 18: neither loss reaches the other network, none the target network."""
-    seen, losses = [], []
-    monkeypatch.setattr(off_policy_ac, "actor_loss_fn", lambda *x: losses.append(actor_loss_fn(*x)) or losses[-1])
+    agents, losses, checked = [], [], []
+    init = ActorCritic.__init__
+    monkeypatch.setattr(ActorCritic, "__init__", lambda agent, *args: agents.append(agent) or init(agent, *args))
     monkeypatch.setattr(off_policy_ac, "critic_loss_fn", lambda *x: losses.append(critic_loss_fn(*x)) or losses[-1])
-    original = off_policy_ac.gradient_step
 
-    def check(optimizer, loss):
-        actor, critic = ([*group["params"]] for group in optimizer.param_groups)
-        critic_loss, actor_loss = losses[-2:]
-        for own, other, part in ((critic, actor, critic_loss), (actor, critic, actor_loss)):
-            grads = torch.autograd.grad(part, own + other, retain_graph=True, allow_unused=True)
+    def check(*inputs):
+        actor_loss, critic_loss = actor_loss_fn(*inputs), losses[-1]
+        actor, critic = list(agents[-1].actor.parameters()), list(agents[-1].critic.parameters())
+        for own, other, loss in ((critic, actor, critic_loss), (actor, critic, actor_loss)):
+            grads = torch.autograd.grad(loss, own + other, retain_graph=True, allow_unused=True)
             assert all(g is not None for g in grads[: len(own)]) and all(g is None for g in grads[len(own) :])
-        seen.append(True)
-        original(optimizer, loss)
+        checked.append(True)
+        return actor_loss
 
-    monkeypatch.setattr(off_policy_ac, "gradient_step", check)
-    for flags in ({}, {"env_id": "Pendulum-v1"}, {"actor_actions": "importance"}, {"env_id": "Pendulum-v1", "critic": "v", "actor_actions": "buffer"}):
-        run(run_dir=str(len(seen)), total_timesteps=60, **flags)
-    assert len(seen) == 40
-    agent = ActorCritic(*SPACES, Args())
-    assert not any(p.requires_grad for p in agent.target_critic.parameters())
+    monkeypatch.setattr(off_policy_ac, "actor_loss_fn", check)
+    naive = {"critic": "v", "actor_actions": "buffer"}
+    for flags in ({}, {"env_id": "Pendulum-v1"}, {"actor_actions": "importance"}, {"env_id": "Pendulum-v1"} | naive):
+        run(run_dir=str(len(checked)), total_timesteps=60, **flags)
+        assert not any(p.requires_grad or p.grad is not None for p in agents[-1].target_critic.parameters())
+    assert len(checked) == 40
 
 
 SPACES = gym.spaces.Box(-1.0, 1.0, (4,), np.float32), gym.spaces.Discrete(3)
@@ -305,7 +310,9 @@ def test_q_takes_the_clipped_action_that_the_environment_takes():
     assert torch.equal(critic(obs, torch.tensor([[3.0, -0.5]])), critic(obs, torch.tensor([[1.0, -0.5]])))
 
 
-@pytest.mark.parametrize("make", [lambda: Categorical(torch.randn(4, 3)), lambda: Gaussian(torch.randn(4, 2), torch.randn(2))])
+@pytest.mark.parametrize(
+    "make", [lambda: Categorical(torch.randn(4, 3)), lambda: Gaussian(torch.randn(4, 2), torch.randn(2))]
+)
 def test_many_samples_of_a_policy(make):
     torch.manual_seed(1)
     policy = make()
@@ -321,7 +328,13 @@ def test_many_samples_of_a_policy(make):
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_what_is_stored_is_what_happened(workdir, num_envs):
     """All transitions, no reset step, every (s, s') consecutive; the log-probability is that of the policy then."""
-    end = run(env_id="toy_envs:Counting-v0", num_envs=num_envs, checkpoint_every=10**9, total_timesteps=500, learning_starts=10**6)
+    end = run(
+        env_id="toy_envs:Counting-v0",
+        num_envs=num_envs,
+        checkpoint_every=10**9,
+        total_timesteps=500,
+        learning_starts=10**6,
+    )
     stored = checkpoint("run")["parts"]["buffer"]["fields"]
     assert len(stored["obs"]) == end["env_steps"] >= 500 and end["updates"] == 0
     (episode, t), (next_episode, next_t) = stored["obs"].T, stored["next_obs"].T

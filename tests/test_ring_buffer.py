@@ -46,7 +46,9 @@ def test_it_holds_what_a_list_would(trial):
             assert stored[buffer.position if buffer.size == capacity else 0] == model[0]
             batch = buffer.sample(50)
             k = batch.actions.numpy()
-            assert set(k) <= set(model) and all((batch.__dict__[name].numpy() == rows(0, count)[name][k]).all() for name in FIELDS)
+            assert set(k) <= set(model) and all(
+                (batch.__dict__[name].numpy() == rows(0, count)[name][k]).all() for name in FIELDS
+            )
             assert batch.image.dtype == torch.uint8 and batch.obs.shape == (50, 2)
 
 
