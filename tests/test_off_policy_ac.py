@@ -122,7 +122,7 @@ def values_of(agent):
         return agent.critic(torch.eye(4)[:3], torch.tensor([[0, 0, 0], [1, 1, 1]])).T
 
 
-LEARN_CRITIC = {"total_timesteps": 2_500, "actor_lr": 1e-12, "critic_lr": 2e-3, "tau": 0.02}
+LEARN_CRITIC = {"total_timesteps": 2_000, "actor_lr": 1e-12, "critic_lr": 5e-3, "tau": 0.02}
 
 
 def test_the_critic_becomes_q_of_the_current_policy(workdir, monkeypatch):
@@ -140,7 +140,7 @@ def test_the_naive_critic_becomes_v_of_the_old_policy(workdir, monkeypatch):
     V, V_mu = exact_values(PI_LOGITS.softmax(-1))[0][:3], exact_values(MU)[0][:3]
     assert (V - V_mu).abs().min() > 0.3
     learned = values_of(agent)
-    assert torch.equal(learned[:, 0], learned[:, 1])  # V ignores the action
+    torch.testing.assert_close(learned[:, 0], learned[:, 1])  # V ignores the action
     torch.testing.assert_close(learned[:, 0], V_mu, atol=0.12, rtol=0)
 
 
@@ -159,7 +159,7 @@ def actor_gradients(monkeypatch, **flags):
     monkeypatch.setattr(
         ActorCritic, "__init__", lambda agent, *args: agents.append(agent) or original_init(agent, *args)
     )
-    agent = run_on_the_mdp(monkeypatch, total_timesteps=1_500, actor_lr=1e-12, critic_lr=1e-12, **flags)
+    agent = run_on_the_mdp(monkeypatch, total_timesteps=1_000, actor_lr=1e-12, critic_lr=1e-12, **flags)
     logits = PI_LOGITS.clone().requires_grad_()
     J = (values_of(agent) * logits.softmax(-1)).sum() / 3  # d_buffer is uniform; Q is a constant
     exact = -torch.autograd.grad(J, logits)[0]
@@ -353,7 +353,7 @@ def test_what_is_stored_is_what_happened(workdir, num_envs):
 
 
 def value_of_constant(env_id, **flags):
-    flags = {"gamma": 0.9, "ent_coef": 0.0, "total_timesteps": 3_000, "tau": 0.02, "critic_lr": 2e-3} | flags
+    flags = {"gamma": 0.9, "ent_coef": 0.0, "total_timesteps": 1_500, "tau": 0.05, "critic_lr": 5e-3} | flags
     run(env_id=env_id, buffer_size=10_000, **flags)
     agent, obs = off_policy_agent("run", env_id)
     with torch.no_grad():
