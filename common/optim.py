@@ -12,6 +12,8 @@ Adam = partial(torch.optim.Adam, fused=True)
 def clip_grad_norm_(params: list, max_norm: float):
     """Scales the gradients of `params` down to a norm of `max_norm` together; half the time of torch's."""
     grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        return
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_(max=1.0))
 

@@ -329,7 +329,8 @@ class Run:
         folder = shlex.quote(str(self.dir))
         play = f"python -m common.evaluate {folder} --video"
         if Path.cwd() != ROOT:
-            play = f"(cd {shlex.quote(str(ROOT))} && python -m common.evaluate {shlex.quote(str(self.dir.resolve()))} --video)"
+            absolute = shlex.quote(str(self.dir.resolve()))
+            play = f"(cd {shlex.quote(str(ROOT))} && python -m common.evaluate {absolute} --video)"
         print(
             f"greedy return {results['eval_return_mean']:.1f} ± {results['eval_return_std']:.1f} "
             f"over {len(returns)} episodes of {self.args.env_id}\n"
