@@ -12,7 +12,7 @@ from runs import ROOT, mean_std, run_all
 TASKS = {
     "CartPole-v1": "",
     "Acrobot-v1": "--env-id Acrobot-v1 --actor-lr 1e-3 --total-timesteps 500000",
-    "LunarLander-v3": "--env-id LunarLander-v3 --total-timesteps 2000000",
+    "LunarLander-v3": "--env-id LunarLander-v3 --num-steps 16 --actor-lr 1e-3 --critic-lr 5e-3 --ent-coef 0.1 --total-timesteps 3000000",
     "InvertedPendulum-v5": "--env-id InvertedPendulum-v5 --actor-lr 3e-3 --ent-coef 0 --total-timesteps 200000",
 }
 
