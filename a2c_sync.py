@@ -28,6 +28,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from common.envs import make_envs
 from common.errors import UserError
@@ -173,7 +174,8 @@ class Actor(nn.Module):
         outputs = self.head(self.body(features))
         if self.log_std is None:
             return Categorical(outputs)
-        return Gaussian(outputs.tanh(), self.log_std)  # beyond the bounds all actions are one: nothing to learn from
+        # Mean inside the bounds, σ < e: far outside all actions are one to the environment, and there is no way back
+        return Gaussian(outputs.tanh(), 1 - F.softplus(1 - self.log_std))
 
 
 class Critic(nn.Module):

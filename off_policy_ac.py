@@ -89,6 +89,8 @@ def check(args: Args):
         raise UserError("--baseline samples compares an action with others: it needs --num-action-samples 2 or more.")
     if args.buffer_size < args.num_envs:
         raise UserError("--buffer-size must be at least --num-envs.")
+    if args.learning_starts >= args.total_timesteps:
+        raise UserError("--learning-starts must be below --total-timesteps: nothing would be learned.")
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -193,7 +195,8 @@ class Actor(nn.Module):
         outputs = self.head(self.body(self.encoder(obs)))
         if self.log_std is None:
             return Categorical(outputs)
-        return Gaussian(outputs.tanh(), self.log_std)  # beyond the bounds all actions are one: nothing to learn from
+        # Mean inside the bounds, σ < e: far outside all actions are one to the environment, and there is no way back
+        return Gaussian(outputs.tanh(), 1 - F.softplus(1 - self.log_std))
 
 
 class Critic(nn.Module):
@@ -355,6 +358,7 @@ def train(args: Args) -> dict:
             next_obs, rewards, terminated, truncated, infos = envs.step(actions)
 
             # Store
+            run.require_finite(env_steps, reward=rewards.sum())  # before it is in the buffer, and so in a checkpoint
             buffer.add(
                 valid, obs=obs, actions=actions, old_log_probs=old_log_probs,
                 rewards=rewards, next_obs=next_obs, terminated=terminated,

@@ -84,12 +84,14 @@ class Args(RunArgs):
 
 def check(args: Args):
     """Raises UserError for flags that contradict each other."""
-    if args.alpha != "auto" and not 0 < args.alpha < math.inf:
+    if args.alpha != "auto" and not (isinstance(args.alpha, float) and 0 < args.alpha < math.inf):
         raise UserError(f"--alpha must be auto or lie in (0, inf), got {args.alpha}.")
     if args.estimator == "score" and args.num_action_samples < 2:
         raise UserError("--estimator score compares an action with others: it needs --num-action-samples 2 or more.")
     if args.buffer_size < args.num_envs:
         raise UserError("--buffer-size must be at least --num-envs.")
+    if args.learning_starts >= args.total_timesteps:
+        raise UserError("--learning-starts must be below --total-timesteps: nothing would be learned.")
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -287,6 +289,7 @@ def train(args: Args) -> dict:
     ]
     if args.alpha == "auto":
         groups.append({"params": [log_alpha], "lr": args.actor_lr})
+    learning_rates = [group["lr"] for group in groups]
     optimizer = Adam(groups)
     frozen_critics = copy.deepcopy(critics).requires_grad_(False)  # the same weights in the same memory: the actor's
     for frozen_param, param in zip(frozen_critics.parameters(), critics.parameters()):  # gradient flows through the
@@ -352,6 +355,10 @@ def train(args: Args) -> dict:
 
     with run.open(agent=agent, envs=envs, optimizer=optimizer, buffer=buffer):
         env_steps, updates = run.env_steps, run.updates
+        for group, learning_rate in zip(optimizer.param_groups, learning_rates):  # with --resume they may be new ones
+            group["lr"] = learning_rate
+        if args.alpha != "auto":
+            log_alpha.data.fill_(math.log(args.alpha))
         log_every = max(1, int(500 * args.updates_per_step))  # updates; losses at least every 1000 environment steps
         while env_steps < args.total_timesteps:
             if run.checkpoint(env_steps, updates):  # at the start too: simulators cannot be saved, so all begin anew
@@ -368,6 +375,7 @@ def train(args: Args) -> dict:
             next_obs, rewards, terminated, truncated, infos = envs.step(actions)
 
             # Store
+            run.require_finite(env_steps, reward=rewards.sum())  # before it is in the buffer, and so in a checkpoint
             buffer.add(
                 valid, obs=obs, actions=actions, rewards=rewards, next_obs=next_obs, terminated=terminated
             )  # fmt: skip

@@ -31,7 +31,7 @@ def load_checkpoint(run_dir: str | Path, script: str) -> dict:
     if not path.is_file():
         raise UserError(f"{str(run_dir)!r} holds no checkpoint.pt.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         known = content["format"] == FORMAT
     except Exception:  # a damaged zip, a foreign pickle, no dictionary: torch raises many types
         known = False

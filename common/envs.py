@@ -105,7 +105,8 @@ class Envs(VectorWrapper):
             self._centre, self._half_range = (high + low) / 2, (high - low) / 2
             self.single_action_space = Box(-1.0, 1.0, space.shape, np.float32)
         else:
-            self._start = int(space.start)
+            self._start, self._action_dtype = int(space.start), space.dtype
+            self.single_action_space = Discrete(int(space.n))  # 0 to n − 1, int64
         self._clip_rewards = clip_rewards
 
     def reset(self, **kwargs):
@@ -116,8 +117,8 @@ class Envs(VectorWrapper):
         if self._box:  # a Gaussian's sample may lie outside, and rounding may leave the bounds by a digit
             actions = self._centre + self._half_range * actions.clip(-1.0, 1.0)
             actions = actions.astype(self._bounds[0].dtype).clip(*self._bounds)
-        elif self._start:
-            actions = actions + self._start
+        elif self._start or self._action_dtype != actions.dtype:
+            actions = (actions + self._start).astype(self._action_dtype)
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
         if self._clip_rewards:
             rewards = rewards.clip(-1, 1)

@@ -284,7 +284,7 @@ class Run:
             if isinstance(value, torch.nn.Module):
                 finite = all(bool(p.isfinite().all()) for p in value.parameters())
             else:
-                finite = not isinstance(value, torch.Tensor) or math.isfinite(value.item())
+                finite = not isinstance(value, (torch.Tensor, np.floating)) or math.isfinite(value.item())
             if not finite:
                 raise UserError(
                     f"{name} is not finite at environment step {env_steps:,} (a lower learning rate often helps); "

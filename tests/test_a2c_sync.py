@@ -182,6 +182,8 @@ FLAGS = [
     {"env_id": "toy_envs:Images-v0"},
     {"env_id": "toy_envs:Images-v0", "network": "shared"},
     {"env_id": "toy_envs:Shifted-v0"},
+    {"env_id": "toy_envs:SmallInts-v0"},
+    {"env_id": "toy_envs:Doubles-v0"},
     {"device": "cpu", "num_threads": 2, "checkpoint_every": 100},
 ]
 

@@ -14,6 +14,7 @@ from helpers import checkpoint, metrics, results, same
 from torch import nn
 
 import off_policy_ac
+from common.errors import UserError
 from off_policy_ac import (
     ActorCritic,
     Args,
@@ -144,7 +145,7 @@ def test_the_naive_critic_becomes_v_of_the_old_policy(workdir, monkeypatch):
     torch.testing.assert_close(learned[:, 0], V_mu, atol=0.12, rtol=0)
 
 
-def actor_gradients(monkeypatch, **flags):
+def actor_gradients(monkeypatch, with_agent=False, **flags):
     """Mean gradient (3, 2) of the actor's logits over the updates of a run, and what it should be, with the same Q."""
     gradients = []
     original = off_policy_ac.polyak_update
@@ -163,7 +164,8 @@ def actor_gradients(monkeypatch, **flags):
     logits = PI_LOGITS.clone().requires_grad_()
     J = (values_of(agent) * logits.softmax(-1)).sum() / 3  # d_buffer is uniform; Q is a constant
     exact = -torch.autograd.grad(J, logits)[0]
-    return torch.stack(gradients).mean(0), exact, torch.stack(gradients).std(0).mean() / len(gradients) ** 0.5
+    found = torch.stack(gradients).mean(0), exact, torch.stack(gradients).std(0).mean() / len(gradients) ** 0.5
+    return (*found, agent) if with_agent else found
 
 
 @pytest.mark.parametrize(
@@ -185,10 +187,23 @@ def test_actor_gradient_is_that_of_the_current_policy_at_the_buffers_states(work
     torch.testing.assert_close(ours, exact, atol=5 * error.item() + 1e-6, rtol=0)
 
 
-def test_naive_actor_gradient_is_another_one(workdir, monkeypatch):
-    """D9b: with the buffer's actions it is Σ_s d(s) Σ_a μ(a|s) ∇log π(a|s) Q(s, a)."""
-    ours, exact, error = actor_gradients(monkeypatch, actor_actions="buffer", baseline="none")
-    assert (ours - exact).norm() > 0.3 * exact.norm() > 10 * error
+@pytest.mark.parametrize("critic", ["q", "v"])
+@pytest.mark.parametrize("baseline", ["none", "samples"])
+def test_naive_actor_gradient_is_another_one(workdir, monkeypatch, critic, baseline):
+    """D9b: with the buffer's actions it is Σ_s d(s) Σ_a μ(a|s) ∇log π(a|s) A; A is Q, or r + γV(s') (less V(s))."""
+    flags = {"actor_actions": "buffer", "baseline": baseline, "critic": critic}
+    ours, exact, error, agent = actor_gradients(monkeypatch, with_agent=True, **flags)
+    pi, Q = PI_LOGITS.softmax(-1), values_of(agent)
+    V = (pi * Q).sum(1, keepdim=True)
+    if critic == "v":
+        V_next = torch.cat([V.flatten(), torch.zeros(1)])
+        with torch.no_grad():  # what V says of the state behind the end does not matter
+            Q = R + GAMMA * (P[..., :3] @ V_next[:3])
+    A = Q - V if baseline == "samples" else Q
+    # Σ_a μ(a) (1{a = b} − π(b)) A(a)
+    formula = -(MU * A - pi * (MU * A).sum(1, keepdim=True)) / 3
+    torch.testing.assert_close(ours, formula, atol=5 * error.item() + 1e-6, rtol=0)
+    assert critic == "v" or (ours - exact).norm() > 0.2 * exact.norm() > 10 * error
 
 
 def test_each_loss_reaches_its_own_network_only(workdir, monkeypatch):
@@ -231,6 +246,50 @@ def test_targets_by_hand():
     with pytest.raises(AssertionError):
         actor_loss_fn(torch.zeros(4, 3), torch.zeros(3), torch.zeros(3), 0.0)
     assert critic_loss_fn(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 5.0])).item() == 2.5
+
+
+def test_actor_loss_by_hand():
+    """Good actions become likelier, and entropy is rewarded."""
+    log_probs, entropy = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([3.0, 5.0], requires_grad=True)
+    loss = actor_loss_fn(log_probs, torch.tensor([2.0, -4.0]), entropy, 0.1)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(-2.0 + 8.0) / 2 - 0.4)
+    assert log_probs.grad.tolist() == [-1.0, 2.0]
+    torch.testing.assert_close(entropy.grad, torch.tensor([-0.05, -0.05]))
+
+
+def test_an_entropy_bonus_alone_does_not_let_sigma_run_away(workdir):
+    end = run(env_id="toy_envs:Nothing-v0", total_timesteps=250, actor_lr=0.5, lr_decay=False, ent_coef=1.0)
+    agent, obs = off_policy_agent("run", "toy_envs:Nothing-v0")
+    assert end["updates"] == 200 and agent.actor.log_std.min() > 5
+    assert agent.actor(obs).log_std.max() <= 1
+
+
+def test_targets_come_from_the_target_network(workdir, monkeypatch):
+    """Its parameters, at τ = 1e-9, stay what they were: then the targets' critic must be the initial one."""
+    agents, seen = [], []
+    init = ActorCritic.__init__
+    monkeypatch.setattr(ActorCritic, "__init__", lambda agent, *args: agents.append(agent) or init(agent, *args))
+    forward = Critic.forward
+    monkeypatch.setattr(
+        Critic, "forward", lambda c, obs, actions: seen.append((c, torch.is_grad_enabled())) or forward(c, obs, actions)
+    )
+    run(total_timesteps=52)
+    target, regression, scores = seen[:3]
+    assert target == (agents[0].target_critic, False)
+    assert regression == (agents[0].critic, True) and scores == (agents[0].critic, False)
+
+
+def test_a_nan_reward_does_not_get_into_a_checkpoint(workdir):
+    with pytest.raises(UserError, match="reward is not finite at environment step 200"):
+        run(env_id="toy_envs:Broken-v0", total_timesteps=300, checkpoint_every=40, learning_starts=250)
+    assert checkpoint("run")["parts"]["buffer"]["fields"]["rewards"].isfinite().all()
+
+
+def test_it_acts_by_chance(workdir):
+    run(total_timesteps=60)
+    actions = checkpoint("run")["parts"]["buffer"]["fields"]["actions"]
+    assert 10 < actions.sum() < 50  # a new policy is nearly even; its likeliest action alone would be all 0 or all 1
 
 
 def test_leave_one_out_by_hand():
@@ -333,7 +392,7 @@ def test_what_is_stored_is_what_happened(workdir, num_envs):
         num_envs=num_envs,
         checkpoint_every=10**9,
         total_timesteps=500,
-        learning_starts=10**6,
+        updates_per_step=1e-9,
     )
     stored = checkpoint("run")["parts"]["buffer"]["fields"]
     assert len(stored["obs"]) == end["env_steps"] >= 500 and end["updates"] == 0
@@ -395,6 +454,8 @@ FLAGS = [
     {"env_id": "Pendulum-v1", "actor_actions": "importance", "num_envs": 2},
     {"env_id": "toy_envs:Images-v0", "total_timesteps": 80},
     {"env_id": "toy_envs:Shifted-v0"},
+    {"env_id": "toy_envs:SmallInts-v0"},
+    {"env_id": "toy_envs:Doubles-v0"},
     {"env_id": "Acrobot-v1", "vectorization": "async", "num_envs": 2},
 ]
 
@@ -444,7 +505,7 @@ def test_same_seed_same_metrics_and_weights(workdir):
 
 
 def test_images_are_stored_as_they_are(workdir):
-    run(env_id="toy_envs:Images-v0", total_timesteps=20, learning_starts=100)
+    run(env_id="toy_envs:Images-v0", total_timesteps=20, learning_starts=19)
     assert checkpoint("run")["parts"]["buffer"]["fields"]["next_obs"].dtype == torch.uint8
 
 

@@ -275,6 +275,7 @@ BAD_REPLAY = {
     "--buffer-size 1000000000000": "would fit",
     "--batch-size 0": "--batch-size",
     "--learning-starts -1": "--learning-starts",
+    "--learning-starts 1000 --total-timesteps 1000": "nothing would be learned",
     "--updates-per-step 0": "--updates-per-step",
     "--tau 0": "--tau must lie in (0, 1]",
     "--tau 1.1": "--tau",

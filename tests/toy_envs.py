@@ -78,6 +78,36 @@ class Shifted(Constant):
         return super().step(action)
 
 
+class SmallInts(Constant):
+    """Discrete actions of another dtype, on which it insists."""
+
+    action_space = Discrete(3, dtype=np.int32)
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return super().step(action)
+
+
+class Doubles(Constant):
+    """A Box of float64, on which it insists."""
+
+    action_space = Box(-2.0, 3.0, (2,), np.float64)
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return super().step(action)
+
+
+class Nothing(Constant):
+    """No reward at all, continuous actions."""
+
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, 0.0, *rest
+
+
 class Images(Constant):
     """Images: uint8, channels first."""
 
@@ -135,7 +165,7 @@ UNSUPPORTED = {
     "UnboundedActions": with_spaces(VECTOR, Box(-np.inf, np.inf, (2,), np.float32)),
 }
 
-for cls in (Counting, Constant, Target, Shifted, Images, Broken, Slow):
+for cls in (Counting, Constant, Target, Shifted, SmallInts, Doubles, Nothing, Images, Broken, Slow):
     gym.register(f"{cls.__name__}-v0", cls)
 gym.register("Terminating-v0", Constant, kwargs={"terminates": True})
 for name, cls in UNSUPPORTED.items():
