@@ -28,7 +28,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from common.envs import make_envs
 from common.errors import UserError
@@ -174,8 +173,12 @@ class Actor(nn.Module):
         outputs = self.head(self.body(features))
         if self.log_std is None:
             return Categorical(outputs)
-        # Mean inside the bounds, σ < e: far outside all actions are one to the environment, and there is no way back
-        return Gaussian(outputs.tanh(), 1 - F.softplus(1 - self.log_std))
+        return Gaussian(outputs.tanh(), self.log_std)  # beyond the bounds all actions are one: nothing to learn from
+
+    def bound_std(self):
+        """σ ≤ e after an update; no reward would keep an entropy bonus from raising it for ever."""
+        if self.log_std is not None:
+            self.log_std.data.clamp_(max=1.0)
 
 
 class Critic(nn.Module):
@@ -340,6 +343,7 @@ def train(args: Args) -> dict:
             if log_now and args.network == "shared":
                 conflict = trunk_gradients(actor_loss, args.value_coef * critic_loss, trunk)
             gradient_step(optimizer, loss, args.max_grad_norm)
+            actor.bound_std()
 
             # Log
             run.require_finite(env_steps, critic_loss=critic_loss, actor_loss=actor_loss)

@@ -66,7 +66,7 @@ class Args(RunArgs):
     """K, actions the policy samples at every state of the batch (D14)"""
     baseline: Literal["samples", "none"] = "samples"
     """what is subtracted from Q(s, a): the mean Q of the other samples, or nothing (D13)"""
-    ent_coef: float = 0.1
+    ent_coef: float = 0.05
     """β, weight of the entropy bonus"""
     tau: float = 0.02
     """τ, share of the critic that its averaged copy takes over in an update; 1: no target network"""
@@ -195,8 +195,12 @@ class Actor(nn.Module):
         outputs = self.head(self.body(self.encoder(obs)))
         if self.log_std is None:
             return Categorical(outputs)
-        # Mean inside the bounds, σ < e: far outside all actions are one to the environment, and there is no way back
-        return Gaussian(outputs.tanh(), 1 - F.softplus(1 - self.log_std))
+        return Gaussian(outputs.tanh(), self.log_std)  # beyond the bounds all actions are one: nothing to learn from
+
+    def bound_std(self):
+        """σ ≤ e after an update; no reward would keep an entropy bonus from raising it for ever."""
+        if self.log_std is not None:
+            self.log_std.data.clamp_(max=1.0)
 
 
 class Critic(nn.Module):
@@ -334,6 +338,7 @@ def train(args: Args) -> dict:
         optimizer.zero_grad()
         (critic_loss + actor_loss).backward()
         optimizer.step()
+        actor.bound_std()
         polyak_update(target_critic, critic, args.tau)
         return {"critic_loss": critic_loss, "actor_loss": actor_loss, "value": q.mean(), "entropy": entropy.mean()}
 

@@ -268,6 +268,11 @@ def test_actions_reach_the_environment_in_its_own_bounds(workdir):
     assert np.concatenate(toy_envs.Target.actions).tolist() == [-3.0, 1.0, 5.0, 5.0]
 
 
+def test_an_entropy_bonus_alone_does_not_let_sigma_run_away(workdir):
+    run(env_id="toy_envs:Nothing-v0", total_timesteps=3_000, ent_coef=1.0, lr_decay=False, actor_lr=0.1)
+    assert (load_agent("run")[0].actor.log_std == 1).all()
+
+
 def test_continuous_actions_are_learned(workdir):
     """A random policy gets -21; the best, which looks at the observation, 0."""
     end = run(env_id="toy_envs:Target-v0", total_timesteps=20_000, num_envs=16, num_steps=8, eval_episodes=50)

@@ -260,9 +260,8 @@ def test_actor_loss_by_hand():
 
 def test_an_entropy_bonus_alone_does_not_let_sigma_run_away(workdir):
     end = run(env_id="toy_envs:Nothing-v0", total_timesteps=250, actor_lr=0.5, lr_decay=False, ent_coef=1.0)
-    agent, obs = off_policy_agent("run", "toy_envs:Nothing-v0")
-    assert end["updates"] == 200 and agent.actor.log_std.min() > 5
-    assert agent.actor(obs).log_std.max() <= 1
+    agent, _ = off_policy_agent("run", "toy_envs:Nothing-v0")
+    assert end["updates"] == 200 and (agent.actor.log_std == 1).all()
 
 
 def test_targets_come_from_the_target_network(workdir, monkeypatch):
