@@ -164,6 +164,7 @@ PLAIN = {
     """        optimizer.zero_grad()
         (critic_loss + actor_loss).backward()
         optimizer.step()
+        actor.bound_std()
         polyak_update(target_critic, critic, args.tau)
 """: """        critic_optimizer.zero_grad()
         critic_loss.backward()
