@@ -91,6 +91,13 @@ def test_a_million_images_with_successors_are_refused_here():
         RingBuffer(monster, {"obs": image, "next_obs": image})
 
 
+def test_a_million_transitions_of_half_cheetah_take_less_than_200_mb():
+    obs, number = ((17,), np.float32), ((), np.float32)
+    fields = {"obs": obs, "actions": ((6,), np.float32), "next_obs": obs, "rewards": number, "terminated": number}
+    buffer = RingBuffer(1_000_000, fields | {"old_log_probs": number})
+    assert sum(field.nbytes for field in buffer.fields.values()) < 200e6
+
+
 def test_available_memory_is_the_machines():
     assert 100e6 < ring_buffer.available_memory() < 100e12
 
