@@ -455,7 +455,6 @@ FLAGS = [
     {"env_id": "toy_envs:Shifted-v0"},
     {"env_id": "toy_envs:SmallInts-v0"},
     {"env_id": "toy_envs:Doubles-v0"},
-    {"env_id": "Acrobot-v1", "vectorization": "async", "num_envs": 2},
 ]
 
 

@@ -57,7 +57,7 @@ def session_members(session):
 RESUMED = {"num_envs": 4, "total_timesteps": 30_000, "checkpoint_every": 1_500, "eval_episodes": 3}
 
 
-SLOWER = {"num_envs": 2, "total_timesteps": 2_400, "checkpoint_every": 200, "learning_starts": 100, "batch_size": 32}
+SLOWER = {"num_envs": 2, "total_timesteps": 1_500, "checkpoint_every": 150, "learning_starts": 100, "batch_size": 32}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ SLOWER = {"num_envs": 2, "total_timesteps": 2_400, "checkpoint_every": 200, "lea
     [
         (a2c_sync, {}),
         (a2c_sync, {"env_id": "Pendulum-v1", "network": "shared", "normalize_obs": True, "optimizer": "rmsprop"}),
-        (off_policy_ac, SLOWER | {"env_id": "Pendulum-v1", "buffer_size": 700}),  # which wraps around
+        (off_policy_ac, SLOWER | {"env_id": "Pendulum-v1", "buffer_size": 500}),  # which wraps around
     ],
     ids=["default", "continuous", "replay"],
 )
