@@ -514,3 +514,13 @@ def test_it_learns(workdir):
         buffer_size=10_000, eval_episodes=50,
     )  # fmt: skip
     assert end["eval_return_mean"] > -4
+
+
+# --- Slow: learning ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_pendulum_is_learned_by_the_score_function_alone(workdir, seed):
+    end = train(Args(env_id="Pendulum-v1", total_timesteps=15_000, seed=seed, run_dir="run"))
+    assert end["eval_return_mean"] > -200

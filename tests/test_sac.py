@@ -11,7 +11,9 @@ import torch
 from helpers import checkpoint, metrics, results, same
 
 import sac
+from common.envs import make_envs
 from common.errors import UserError
+from common.evaluate import load_agent
 from sac import (
     ActorCritic,
     Args,
@@ -220,6 +222,66 @@ def test_polyak_weighs_the_new_parameters(workdir):
     a, b = target.weight.item(), source.weight.item()
     polyak_update(target, source, 0.1)
     assert target.weight.item() == pytest.approx(0.1 * b + 0.9 * a)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_what_is_stored_is_what_happened(workdir, num_envs):
+    """All transitions, no reset step, every (s, s') consecutive, only true ends terminate (pitfalls 1 to 4)."""
+    end = run(
+        env_id="toy_envs:CountingBox-v0", num_envs=num_envs, checkpoint_every=10**9, total_timesteps=400,
+        updates_per_step=1e-9,
+    )  # fmt: skip
+    stored = checkpoint("run")["parts"]["buffer"]["fields"]
+    assert len(stored["obs"]) == end["env_steps"] >= 400 and end["updates"] == 0
+    (episode, t), (next_episode, next_t) = stored["obs"].T, stored["next_obs"].T
+    assert torch.equal(episode, next_episode) and torch.equal(t + 1, next_t) and torch.equal(stored["rewards"], next_t)
+    lengths = [float(value) for _, tag, value in metrics("run") if tag == "charts/episodic_length"]
+    assert 0 <= end["env_steps"] - sum(lengths) < 5 * num_envs  # those that were going on
+    assert 0 < stored["terminated"].sum() < len(lengths)
+    assert not (stored["terminated"].bool() & (episode % 3 == 0)).any()  # those are only truncated
+
+
+@pytest.mark.parametrize("env_id, value", [("ConstantBox", 10.0), ("TerminatingBox", (1 - 0.9**10) / (1 - 0.9))])
+def test_value_under_a_time_limit_is_that_of_going_on(workdir, env_id, value):
+    """Reward 1, γ = 0.9, hardly any entropy: 1/(1 − γ) where episodes are only cut, the finite sum where they end."""
+    flags = {
+        "gamma": 0.9,
+        "alpha": 1e-6,
+        "tau": 0.05,
+        "critic_lr": 3e-3,
+        "total_timesteps": 1_000,
+        "buffer_size": 5_000,
+    }
+    run(env_id=f"toy_envs:{env_id}-v0", **flags)
+    agent, args, _, _ = load_agent("run")
+    obs = torch.as_tensor(make_envs(args, 1).reset(seed=0)[0])
+    with torch.no_grad():
+        q = agent.critics(obs, torch.zeros(1, 2))
+    assert q.flatten().tolist() == pytest.approx([value, value], abs=0.5)
+
+
+def test_what_an_update_is_made_of(workdir, monkeypatch):
+    """Targets from the target network and γ of the flags; a target entropy of −dim A, whatever the batch (pitfall 16)."""
+    agents, critics_called, gammas, dims = [], [], [], []
+    init, forward = ActorCritic.__init__, sac.Critics.forward
+    monkeypatch.setattr(ActorCritic, "__init__", lambda agent, *args: agents.append(agent) or init(agent, *args))
+    monkeypatch.setattr(sac.Critics, "forward", lambda c, *x: critics_called.append(c) or forward(c, *x))
+    monkeypatch.setattr(sac, "soft_td_target", lambda *x: gammas.append(x[-1]) or soft_td_target(*x))
+    monkeypatch.setattr(sac, "alpha_loss_fn", lambda *x: dims.append(x[-1]) or alpha_loss_fn(*x))
+    run(env_id="toy_envs:ConstantBox-v0", total_timesteps=52, gamma=0.7)
+    assert critics_called[0] is agents[0].target_critics and critics_called[1] is agents[0].critics
+    frozen = critics_called[2]
+    for own, shared in zip(frozen.parameters(), agents[0].critics.parameters()):
+        assert own.data_ptr() == shared.data_ptr() and not own.requires_grad
+    assert set(gammas) == {0.7} and set(dims) == {2}
+
+
+def test_a_resumed_run_takes_new_rates_and_a_new_alpha(workdir):
+    run(alpha=0.2)
+    train(Args(resume="run", total_timesteps=150, alpha=0.5, actor_lr=1e-5, critic_lr=2e-5))
+    parts = checkpoint("run")["parts"]
+    assert [group["lr"] for group in parts["optimizer"]["param_groups"]] == [1e-5, 2e-5]
+    assert parts["agent"]["log_alpha"].exp().item() == pytest.approx(0.5)
 
 
 FLAGS = [

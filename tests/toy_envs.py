@@ -27,6 +27,12 @@ class Counting(gym.Env):
         return self._obs(), float(self.t), end and self.episode % 3 != 0, end and self.episode % 3 != 1, {}
 
 
+class CountingBox(Counting):
+    """The same with continuous actions."""
+
+    action_space = Box(-1.0, 1.0, (1,), np.float32)
+
+
 class Constant(gym.Env):
     """Reward 1 for ever. Ends after `length` steps, terminated or (by default) only truncated."""
 
@@ -108,6 +114,12 @@ class Nothing(Constant):
         return obs, 0.0, *rest
 
 
+class ConstantBox(Constant):
+    """Reward 1 for ever, continuous actions."""
+
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+
+
 class Images(Constant):
     """Images: uint8, channels first."""
 
@@ -165,8 +177,23 @@ UNSUPPORTED = {
     "UnboundedActions": with_spaces(VECTOR, Box(-np.inf, np.inf, (2,), np.float32)),
 }
 
-for cls in (Counting, Constant, Target, Shifted, SmallInts, Doubles, Nothing, Images, Broken, Slow):
+CLASSES = (
+    Counting,
+    CountingBox,
+    Constant,
+    ConstantBox,
+    Target,
+    Shifted,
+    SmallInts,
+    Doubles,
+    Nothing,
+    Images,
+    Broken,
+    Slow,
+)
+for cls in CLASSES:
     gym.register(f"{cls.__name__}-v0", cls)
 gym.register("Terminating-v0", Constant, kwargs={"terminates": True})
+gym.register("TerminatingBox-v0", ConstantBox, kwargs={"terminates": True})
 for name, cls in UNSUPPORTED.items():
     gym.register(f"{name}-v0", cls)
