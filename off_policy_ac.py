@@ -44,7 +44,7 @@ from common.run import Run, RunArgs, run_cli
 
 @dataclass
 class Args(RunArgs):
-    total_timesteps: int = 50_000
+    total_timesteps: int = 30_000
     """environment steps (transitions of all environments together) to train for"""
     num_envs: int = 1
     """environments that step in parallel"""
@@ -103,12 +103,12 @@ def layer(module: nn.Module, gain: float = 2**0.5) -> nn.Module:
 
 
 class MLP(nn.Sequential):
-    """(..., D) -> (..., 64)"""
+    """(..., D) -> (..., 256)"""
 
-    num_features = 64
+    num_features = 256
 
     def __init__(self, num_inputs: int):
-        super().__init__(layer(nn.Linear(num_inputs, 64)), nn.ReLU(), layer(nn.Linear(64, 64)), nn.ReLU())
+        super().__init__(layer(nn.Linear(num_inputs, 256)), nn.ReLU(), layer(nn.Linear(256, 256)), nn.ReLU())
 
 
 class NatureCNN(nn.Module):
