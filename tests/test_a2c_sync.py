@@ -291,6 +291,7 @@ def test_cartpole_is_solved_with_the_defaults(workdir, seed):
 
 @pytest.mark.slow
 def test_online_actor_critic_learns(workdir):
-    """D3: one environment, one step."""
-    end = train(Args(run_dir="run", num_envs=1, num_steps=1, actor_lr=3e-4, critic_lr=1e-3, total_timesteps=100_000))
-    assert end["eval_return_mean"] > 60  # a random policy: 20
+    """D3: one environment, one step, no clipping: with it V would forget the rare transitions at which episodes end."""
+    flags = {"num_envs": 1, "num_steps": 1, "actor_lr": 3e-4, "critic_lr": 1e-3, "ent_coef": 0.0}
+    end = train(Args(run_dir="run", max_grad_norm=math.inf, total_timesteps=100_000, **flags))
+    assert end["eval_return_mean"] > 200  # a random policy: 20
