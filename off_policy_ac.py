@@ -16,7 +16,8 @@ the policy gradient takes fresh actions, too (D11). Three actions, three names: 
 --critic v fits V to the actions of older policies (D9a); --actor-actions buffer takes those for the policy's own (D9b);
 --actor-actions importance weighs them by (4) instead (D12); --baseline none is plain Q, b = 0 (D13).
 
-    python off_policy_ac.py                                 CartPole-v1
+    python off_policy_ac.py                                 CartPole-v1: greedy return 500 in three minutes
+    python off_policy_ac.py --env-id Pendulum-v1 --total-timesteps 15000
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP): it is not a transition, and
 `valid` keeps it out of the buffer and the counts. In return every next_obs is the true successor of obs.
