@@ -108,6 +108,11 @@ def line(name: str, values: list[dict], key: str = "sps", digits: int = 0):
     print(f"  {name:<40}{shown}{memory}", flush=True)
 
 
+def ratio(a: list[dict], b: list[dict]):
+    ratios = [x["sps"] / y["sps"] for x, y in zip(a, b)]
+    print(f"  ratio {median(ratios):.2f} (median; {' '.join(f'{r:.2f}' for r in ratios)})", flush=True)
+
+
 def equal(options: Options):
     print(f"Equal settings: 8 environments x 5 steps, one thread, steps per second in {options.rounds} rounds")
     a, b = [], []
@@ -116,8 +121,7 @@ def equal(options: Options):
         b.append(theirs(total_timesteps=100_000, seed=1, until_solved=False))
     line("a2c_sync.py", a)
     line("Stable-Baselines3", b)
-    ratios = [x["sps"] / y["sps"] for x, y in zip(a, b)]
-    print(f"  ratio {median(ratios):.2f} (median; {' '.join(f'{r:.2f}' for r in ratios)})", flush=True)
+    ratio(a, b)
 
 
 def native(options: Options):
@@ -140,8 +144,8 @@ def solve(options: Options):
         line(name + ": seconds", runs, "solved_seconds", 1)
         line(name + ": steps", runs, "solved_steps")
     if all(run["solved_seconds"] for run in a + b):
-        ratio = mean(run["solved_seconds"] for run in a) / mean(run["solved_seconds"] for run in b)
-        print(f"  ratio of the means {ratio:.2f}", flush=True)
+        share = mean(run["solved_seconds"] for run in a) / mean(run["solved_seconds"] for run in b)
+        print(f"  ratio of the means {share:.2f}", flush=True)
 
 
 # The same algorithm as one would first write it: a loop over the K samples, an optimizer for each network
@@ -185,18 +189,17 @@ def replay(options: Options):
     a, b = [], []
     with tempfile.TemporaryDirectory() as folder:
         plain = variant(Path(folder), "off_policy_ac", "plain", PLAIN)
-        for i in range(options.rounds):
+        for _ in range(options.rounds):
             for script, into in ((ROOT / "off_policy_ac.py", a), (plain, b)):
                 end = run(script, f"{flags} --eval-episodes 1", 1, Path(folder) / f"{len(into)}_{script.parent.name}")
                 into.append(end | {"sps": end["updates"] / end["seconds"]})
     line("off_policy_ac.py", a)
     line("plain code", b)
-    ratios = [x["sps"] / y["sps"] for x, y in zip(a, b)]
-    print(f"  ratio {median(ratios):.2f} (median; {' '.join(f'{r:.2f}' for r in ratios)})", flush=True)
+    ratio(a, b)
 
 
 def buffer_worker(name: str, calls: int) -> dict:
-    """Microseconds of an add of one HalfCheetah transition and a sample of 256, full buffer of 100,000."""
+    """Calls a second: add one HalfCheetah transition and sample 256, in a full buffer of 100,000."""
     import gymnasium as gym
     import numpy as np
     import torch
@@ -212,9 +215,8 @@ def buffer_worker(name: str, calls: int) -> dict:
         fields |= {"next_obs": ((17,), np.float32), "terminated": ((), np.float32)}
         buffer = RingBuffer(size, fields)
 
-        def call():
+        def add():
             buffer.add(valid, obs=obs[0], actions=action, rewards=reward, next_obs=obs[1], terminated=done)
-            return buffer.sample(256)
 
     else:
         from stable_baselines3.common.buffers import ReplayBuffer
@@ -222,16 +224,15 @@ def buffer_worker(name: str, calls: int) -> dict:
         box = gym.spaces.Box(-np.inf, np.inf, (17,), np.float32)
         buffer = ReplayBuffer(size, box, gym.spaces.Box(-1, 1, (6,), np.float32), device="cpu")
 
-        def call():
+        def add():
             buffer.add(obs[0], obs[1], action, reward, done, [{}])
-            return buffer.sample(256)
 
     for _ in range(size):  # full
-        (buffer.add(valid, obs=obs[0], actions=action, rewards=reward, next_obs=obs[1], terminated=done)
-         if name == "ours" else buffer.add(obs[0], obs[1], action, reward, done, [{}]))  # fmt: skip
+        add()
     start = time.perf_counter()
     for _ in range(calls):
-        call()
+        add()
+        buffer.sample(256)
     return {"sps": calls / (time.perf_counter() - start)}
 
 
@@ -243,8 +244,7 @@ def buffer(options: Options):
         b.append(theirs(buffer="sb3", calls=20_000))
     line("common/ring_buffer.py", a)
     line("Stable-Baselines3's ReplayBuffer", b)
-    ratios = [x["sps"] / y["sps"] for x, y in zip(a, b)]
-    print(f"  ratio {median(ratios):.2f} (median; {' '.join(f'{r:.2f}' for r in ratios)})", flush=True)
+    ratio(a, b)
 
 
 def worker(spec: dict) -> dict:

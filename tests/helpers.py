@@ -41,3 +41,22 @@ def events(run_dir):
 
     accumulator = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
     return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+
+
+def record_agents(monkeypatch, script):
+    """A list that every agent a run of `script` makes will be in."""
+    agents, init = [], script.ActorCritic.__init__
+    monkeypatch.setattr(script.ActorCritic, "__init__", lambda agent, *args: agents.append(agent) or init(agent, *args))
+    return agents
+
+
+def record_initial_weights(monkeypatch, script):
+    """A dictionary that will hold the agent's parameters as they are when the run is opened."""
+    initial, original = {}, script.Run.open
+
+    def remember(run, **parts):
+        initial.update({name: p.detach().clone() for name, p in parts["agent"].named_parameters()})
+        return original(run, **parts)
+
+    monkeypatch.setattr(script.Run, "open", remember)
+    return initial

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy_envs  # registers the environments
 import torch
-from helpers import checkpoint, metrics, results, same
+from helpers import checkpoint, metrics, record_initial_weights, results, same
 
 import a2c_sync
 from a2c_sync import Args, train
@@ -190,14 +190,7 @@ FLAGS = [
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()) or "default")
 def test_flags(workdir, monkeypatch, flags):
-    initial = {}
-    original = a2c_sync.Run.open
-
-    def remember(run, **parts):
-        initial.update({name: p.detach().clone() for name, p in parts["agent"].named_parameters()})
-        return original(run, **parts)
-
-    monkeypatch.setattr(a2c_sync.Run, "open", remember)
+    initial = record_initial_weights(monkeypatch, a2c_sync)
     end = run(**flags)
     trained = checkpoint("run")["parts"]["agent"]
     unmoved = [name for name in initial if torch.equal(initial[name], trained[name])]

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
-import toy_envs  # registers the environments
 import torch
-from helpers import checkpoint, metrics, results, same
+from helpers import checkpoint, metrics, record_agents, record_initial_weights, results, same
 from torch import nn
 
 import off_policy_ac
@@ -155,11 +154,7 @@ def actor_gradients(monkeypatch, with_agent=False, **flags):
         gradients.append(agents[0].actor.head.weight.grad.T[:3].clone())
 
     monkeypatch.setattr(off_policy_ac, "polyak_update", record)
-    agents = []
-    original_init = ActorCritic.__init__
-    monkeypatch.setattr(
-        ActorCritic, "__init__", lambda agent, *args: agents.append(agent) or original_init(agent, *args)
-    )
+    agents = record_agents(monkeypatch, off_policy_ac)
     agent = run_on_the_mdp(monkeypatch, total_timesteps=1_000, actor_lr=1e-12, critic_lr=1e-12, **flags)
     logits = PI_LOGITS.clone().requires_grad_()
     J = (values_of(agent) * logits.softmax(-1)).sum() / 3  # d_buffer is uniform; Q is a constant
@@ -208,9 +203,7 @@ def test_naive_actor_gradient_is_another_one(workdir, monkeypatch, critic, basel
 
 def test_each_loss_reaches_its_own_network_only(workdir, monkeypatch):
     """Pitfall 18: neither loss reaches the other network, none the target network."""
-    agents, losses, checked = [], [], []
-    init = ActorCritic.__init__
-    monkeypatch.setattr(ActorCritic, "__init__", lambda agent, *args: agents.append(agent) or init(agent, *args))
+    agents, losses, checked = record_agents(monkeypatch, off_policy_ac), [], []
     monkeypatch.setattr(off_policy_ac, "critic_loss_fn", lambda *x: losses.append(critic_loss_fn(*x)) or losses[-1])
 
     def check(*inputs):
@@ -266,9 +259,7 @@ def test_an_entropy_bonus_alone_does_not_let_sigma_run_away(workdir):
 
 def test_targets_come_from_the_target_network(workdir, monkeypatch):
     """Its parameters, at τ = 1e-9, stay what they were: then the targets' critic must be the initial one."""
-    agents, seen = [], []
-    init = ActorCritic.__init__
-    monkeypatch.setattr(ActorCritic, "__init__", lambda agent, *args: agents.append(agent) or init(agent, *args))
+    agents, seen = record_agents(monkeypatch, off_policy_ac), []
     forward = Critic.forward
     monkeypatch.setattr(
         Critic, "forward", lambda c, obs, actions: seen.append((c, torch.is_grad_enabled())) or forward(c, obs, actions)
@@ -460,14 +451,7 @@ FLAGS = [
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()) or "default")
 def test_flags(workdir, monkeypatch, flags):
-    initial = {}
-    original = off_policy_ac.Run.open
-
-    def remember(run, **parts):
-        initial.update({name: p.detach().clone() for name, p in parts["agent"].named_parameters()})
-        return original(run, **parts)
-
-    monkeypatch.setattr(off_policy_ac.Run, "open", remember)
+    initial = record_initial_weights(monkeypatch, off_policy_ac)
     end = run(**flags)
     trained = checkpoint("run")["parts"]["agent"]
     assert [name for name in initial if torch.equal(initial[name], trained[name])] == []

@@ -6,9 +6,8 @@ import math
 import gymnasium as gym
 import numpy as np
 import pytest
-import toy_envs  # registers the environments
 import torch
-from helpers import checkpoint, metrics, results, same
+from helpers import checkpoint, metrics, record_agents, record_initial_weights, results, same
 
 import sac
 from common.envs import make_envs
@@ -262,9 +261,8 @@ def test_value_under_a_time_limit_is_that_of_going_on(workdir, env_id, value):
 
 def test_what_an_update_is_made_of(workdir, monkeypatch):
     """Targets from the target network and γ of the flags; a target entropy of −dim A, whatever the batch (pitfall 16)."""
-    agents, critics_called, gammas, dims = [], [], [], []
-    init, forward = ActorCritic.__init__, sac.Critics.forward
-    monkeypatch.setattr(ActorCritic, "__init__", lambda agent, *args: agents.append(agent) or init(agent, *args))
+    agents, critics_called, gammas, dims = record_agents(monkeypatch, sac), [], [], []
+    forward = sac.Critics.forward
     monkeypatch.setattr(sac.Critics, "forward", lambda c, *x: critics_called.append(c) or forward(c, *x))
     monkeypatch.setattr(sac, "soft_td_target", lambda *x: gammas.append(x[-1]) or soft_td_target(*x))
     monkeypatch.setattr(sac, "alpha_loss_fn", lambda *x: dims.append(x[-1]) or alpha_loss_fn(*x))
@@ -301,14 +299,7 @@ FLAGS = [
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()) or "default")
 def test_flags(workdir, monkeypatch, flags):
-    initial = {}
-    original = sac.Run.open
-
-    def remember(run, **parts):
-        initial.update({name: p.detach().clone() for name, p in parts["agent"].named_parameters()})
-        return original(run, **parts)
-
-    monkeypatch.setattr(sac.Run, "open", remember)
+    initial = record_initial_weights(monkeypatch, sac)
     end = run(**flags)
     trained = checkpoint("run")["parts"]["agent"]
     unmoved = [name for name in initial if torch.equal(initial[name], trained[name])]
