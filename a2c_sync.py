@@ -61,8 +61,8 @@ class Args(RunArgs):
     """let the learning rates fall linearly to 0 at --total-timesteps"""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """rmsprop: with ε inside the root, as in the published A3C and A2C results"""
-    max_grad_norm: float = 0.5
-    """gradients of a network are scaled down to this norm; inf: never"""
+    max_grad_norm: float = math.inf
+    """gradients of a network are scaled down to this norm; 0.5 is usual, but makes V forget what is rare (docs)"""
     normalize_obs: bool = False
     """scale each element of a vector observation by its running mean and variance"""
 
@@ -259,8 +259,9 @@ def trunk_gradients(actor_loss, critic_loss, trunk):
 def gradient_step(optimizer, loss, max_grad_norm):
     optimizer.zero_grad()
     loss.backward()
-    for group in optimizer.param_groups:
-        clip_grad_norm_(group["params"], max_grad_norm)
+    if max_grad_norm < math.inf:
+        for group in optimizer.param_groups:
+            clip_grad_norm_(group["params"], max_grad_norm)
     optimizer.step()
 
 

@@ -7,6 +7,14 @@ S, A = 3, 2
 TERMINAL = S  # entering it terminates
 
 
+def exact_values(P, R, pi, gamma):
+    """V (S + 1,) with 0 for the terminal state, and Q (S, A), from P (S, A, S + 1), R and pi (S, A)."""
+    P_pi, R_pi = torch.einsum("sa,sat->st", pi, P[..., :S]), (pi * R).sum(1)
+    V = torch.linalg.solve(torch.eye(S) - gamma * P_pi, R_pi)
+    V = torch.cat([V, torch.zeros(1)])
+    return V, R + gamma * P @ V
+
+
 class MDP:
     """3 states, 2 actions, random transitions that may terminate, rewards r(s, a)."""
 
@@ -15,13 +23,6 @@ class MDP:
         self.P = torch.tensor(rng.dirichlet(np.ones(S + 1), (S, A)))  # (S, A, S + 1)
         self.R = torch.tensor(rng.normal(size=(S, A)))
         self.start = torch.tensor(rng.dirichlet(np.ones(S)))
-
-    def exact_values(self, pi, gamma):
-        """V (S + 1,) with 0 for the terminal state, and Q (S, A)."""
-        P_pi, R_pi = torch.einsum("sa,sat->st", pi, self.P[..., :S]), (pi * self.R).sum(1)
-        V = torch.linalg.solve(torch.eye(S) - gamma * P_pi, R_pi)
-        V = torch.cat([V, torch.zeros(1)])
-        return V, self.R + gamma * self.P @ V
 
     def rollouts(self, T):
         """Every (s_0, a_0, ..., s_T): states (T + 1, N), actions (T, N), probability of the states given the actions (N,).

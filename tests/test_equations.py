@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from mdp import MDP, TERMINAL, A, S
+from mdp import MDP, TERMINAL, A, S, exact_values
 from torch import nn
 
 import a2c_sync
@@ -118,7 +118,7 @@ def test_actor_gradient_is_the_policy_gradient_in_expectation(gamma, lam, T):
     mdp = MDP()
     actor, _ = make_tabular()
     pi = actor(torch.eye(S + 1)).log_probs.exp()
-    V, Q = mdp.exact_values(pi[:S].detach(), gamma)
+    V, Q = exact_values(mdp.P, mdp.R, pi[:S].detach(), gamma)
     obs, actions, rewards, terminated, resets, p = enumerated_rollouts(mdp, actor, T)
     valid = with_probabilities(1 - resets, p)
 
@@ -162,7 +162,7 @@ def test_actor_gradient_is_that_of_the_return_whatever_the_critic():
 def test_critic_fixed_point_is_the_exact_value(lam):
     mdp, gamma = MDP(2), 0.9
     actor, critic = make_tabular()
-    V, _ = mdp.exact_values(actor(torch.eye(S + 1)).log_probs.exp()[:S].detach(), gamma)
+    V, _ = exact_values(mdp.P, mdp.R, actor(torch.eye(S + 1)).log_probs.exp()[:S].detach(), gamma)
     obs, actions, rewards, terminated, resets, p = enumerated_rollouts(mdp, actor, 3)
     valid = with_probabilities(1 - resets, p)
     for _ in range(60):  # targets from the current V, then regression on them

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import checkpoint, metrics, record_agents, record_initial_weights, results, same
+from mdp import exact_values
 from torch import nn
 
 import off_policy_ac
@@ -49,12 +50,9 @@ MU = torch.tensor([[3, 1], [1, 3], [3, 1]]) / 4
 PI_LOGITS = torch.tensor([[-1.0, 1.0], [1.0, -0.5], [-0.8, 0.8]])  # what mu does rarely, pi does often
 
 
-def exact_values(pi):
+def true_values(pi):
     """V (4,) with 0 behind the end, and Q (3, 2)."""
-    P_pi = torch.einsum("sa,sat->st", pi, P[..., :3])
-    V = torch.linalg.solve(torch.eye(3) - GAMMA * P_pi, (pi * R).sum(1))
-    V = torch.cat([V, torch.zeros(1)])
-    return V, R + GAMMA * P @ V
+    return exact_values(P, R, pi, GAMMA)
 
 
 def buffer_rows():
@@ -128,8 +126,8 @@ LEARN_CRITIC = {"total_timesteps": 2_000, "actor_lr": 1e-12, "critic_lr": 5e-3, 
 def test_the_critic_becomes_q_of_the_current_policy(workdir, monkeypatch):
     """D10: whoever filled the buffer."""
     agent = run_on_the_mdp(monkeypatch, **LEARN_CRITIC)
-    _, Q = exact_values(PI_LOGITS.softmax(-1))
-    _, Q_mu = exact_values(MU)
+    _, Q = true_values(PI_LOGITS.softmax(-1))
+    _, Q_mu = true_values(MU)
     assert (Q - Q_mu).abs().min() > 0.2
     torch.testing.assert_close(values_of(agent), Q, atol=0.12, rtol=0)
 
@@ -137,7 +135,7 @@ def test_the_critic_becomes_q_of_the_current_policy(workdir, monkeypatch):
 def test_the_naive_critic_becomes_v_of_the_old_policy(workdir, monkeypatch):
     """D9a."""
     agent = run_on_the_mdp(monkeypatch, critic="v", actor_actions="buffer", **LEARN_CRITIC)
-    V, V_mu = exact_values(PI_LOGITS.softmax(-1))[0][:3], exact_values(MU)[0][:3]
+    V, V_mu = true_values(PI_LOGITS.softmax(-1))[0][:3], true_values(MU)[0][:3]
     assert (V - V_mu).abs().min() > 0.3
     learned = values_of(agent)
     torch.testing.assert_close(learned[:, 0], learned[:, 1])  # V ignores the action
