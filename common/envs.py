@@ -18,9 +18,9 @@ from common.errors import UserError
 EXTRAS = {"mujoco": "mujoco", "box2d": "box2d", "ale_py": "atari"}  # part of an entry point -> extra of pyproject.toml
 
 
-def env_seed(seed: int, env_steps: int) -> int:
-    """Seed for a reset of all environments at `env_steps`; environment i takes this plus i."""
-    return int(np.random.SeedSequence([seed, env_steps]).generate_state(1)[0] >> 2)
+def env_seed(seed: int, env_steps: int, *worker: int) -> int:
+    """Seed for a reset of all environments (of a worker) at `env_steps`; environment i takes this plus i."""
+    return int(np.random.SeedSequence([seed, env_steps, *worker]).generate_state(1)[0] >> 2)
 
 
 def make_envs(args, num_envs: int | None = None, evaluation: bool = False, render: bool = False) -> "Envs":

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 import torch
 from tqdm import tqdm
@@ -50,16 +50,31 @@ class Logger:
             self._rows.append((env_steps, seconds, "charts/episodic_length", int(length)))
 
     def log(self, env_steps: int, **scalars):
-        """Logs numbers or one-element tensors: loss(critic_loss=...) becomes the tag losses/critic_loss."""
+        """Logs numbers or one-element tensors: log(critic_loss=...) becomes the tag losses/critic_loss."""
         seconds = self.seconds()
-        self._rows += [
-            (env_steps, seconds, f"losses/{name}", torch.as_tensor(value).item()) for name, value in scalars.items()
-        ]
+        for name, value in scalars.items():
+            tag = name if "/" in name else f"losses/{name}"
+            self._rows.append((env_steps, seconds, tag, torch.as_tensor(value).item()))
         self._rows.append((env_steps, seconds, "charts/SPS", env_steps / seconds))
         if self._returns:
             self._bar.set_postfix_str(f"return {self.recent_return():.1f}", refresh=False)
         self._bar.update(env_steps - self._bar.n)
         self._write()
+
+    def histogram(self, env_steps: int, tag: str, counts: dict[int, int]):
+        """TensorBoard's histogram of whole numbers: value -> how often; a bucket each."""
+        numbers = sorted(counts)
+        histogram = HistogramProto(
+            min=numbers[0],
+            max=numbers[-1],
+            num=sum(counts.values()),
+            sum=sum(n * count for n, count in counts.items()),
+            sum_squares=sum(n * n * count for n, count in counts.items()),
+            bucket_limit=[n + 0.5 for n in range(numbers[0], numbers[-1] + 1)],
+            bucket=[counts.get(n, 0) for n in range(numbers[0], numbers[-1] + 1)],
+        )
+        summary = Summary(value=[Summary.Value(tag=tag, histo=histogram)])
+        self._events.add_event(Event(wall_time=time.time(), step=env_steps, summary=summary))
 
     def _write(self):
         self._csv.write(

@@ -62,12 +62,12 @@ class RunArgs:
 # Flag -> the interval its value must lie in. One table, because a flag means the same in every script.
 RANGES = {
     "[1, inf)": "total_timesteps num_envs num_threads checkpoint_every eval_episodes num_steps batch_size buffer_size "
-    "num_action_samples num_critics",
+    "num_action_samples num_critics num_workers envs_per_worker",
     "[0, 1]": "gamma gae_lambda",
     "(0, 1]": "tau",
     "[0, 4294967295]": "seed",
-    "[0, inf)": "ent_coef value_coef learning_starts",
-    "(0, inf)": "actor_lr critic_lr updates_per_step",
+    "[0, inf)": "ent_coef value_coef learning_starts max_lag slow_worker",
+    "(0, inf)": "actor_lr critic_lr updates_per_step worker_timeout",
     "(0, inf]": "max_grad_norm",
 }
 
@@ -170,7 +170,7 @@ class Run:
         if saved is not None:
             self.logger.load_state_dict(saved["logger"])
         # Resets that come before an episode's end would keep it from ever being seen
-        every = self.args.checkpoint_every or max(self.args.total_timesteps // 10, 2_000 * self.args.num_envs)
+        every = self.args.checkpoint_every or max(self.args.total_timesteps // 10, 2_000 * (self.args.num_envs or 1))
         self._every, self._next = every, self.env_steps
         return self
 

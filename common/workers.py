@@ -1,0 +1,229 @@
+"""Worker processes: started, watched and replaced. What they hand over goes through shared memory, without a lock.
+
+A process that dies inside a lock or a queue leaves it blocked for everybody. Here every number has one writer, so a worker
+may be killed or stopped at any moment: what it had not finished handing over is lost, and nothing else. What a worker
+computes is up to the script, which gives a module-level function `target(worker, *args)`.
+
+The order in which one process sees another's writes is that of x86 (and of anything as strict).
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from multiprocessing import resource_tracker
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from tqdm import tqdm
+
+from common.errors import UserError
+
+PAUSE = 2e-4  # seconds between two looks at a counter
+STARTUP = 120.0  # seconds that a new worker has for its imports and its environments
+MAX_REPLACED = 100  # workers in one run
+
+
+def shared(shape: tuple[int, ...], dtype) -> torch.Tensor:
+    """Zeros in memory that processes share; handed over as an argument of a process."""
+    return torch.from_numpy(np.zeros(shape, dtype)).share_memory_()
+
+
+class Mailbox:
+    """Records of one shape, from one process to one other: a ring with a counter on either side.
+
+    fields: name -> (shape, dtype). A side raises its counter when it is done with a record, never before.
+    """
+
+    def __init__(self, fields: dict[str, tuple], size: int = 2):
+        self._rings = {name: shared((size, *shape), dtype) for name, (shape, dtype) in fields.items()}
+        self._sent, self._received = shared((1,), np.int64), shared((1,), np.int64)
+        self._size = size
+
+    def is_full(self) -> bool:
+        return int(self._sent) - int(self._received) >= self._size
+
+    def put(self, **record):
+        """Copies a record into the ring, which must not be full."""
+        for name, ring in self._rings.items():
+            ring[int(self._sent) % self._size].numpy()[...] = record[name]
+        self._sent += 1
+
+    def take(self) -> dict[str, np.ndarray] | None:
+        """The oldest record, if there is one."""
+        if int(self._sent) == int(self._received):
+            return None
+        record = {name: ring[int(self._received) % self._size].numpy().copy() for name, ring in self._rings.items()}
+        self._received += 1
+        return record
+
+
+class Snapshot:
+    """A module's parameters, published by one process and copied by others, who never see half of an update.
+
+    `_number` is odd while they are written; who finds it odd or changed reads again.
+    """
+
+    def __init__(self, module: torch.nn.Module):
+        self._params = [p.detach().clone().share_memory_() for p in module.parameters()]
+        self._number, self._version = shared((1,), np.int64), shared((1,), np.int64)
+
+    def publish(self, module: torch.nn.Module, version: int):
+        self._number += 1
+        copy_parameters(self._params, module.parameters())
+        self._version[0] = version
+        self._number += 1
+
+    def pull(self, module: torch.nn.Module) -> int:
+        """Copies the parameters; returns their version."""
+        while True:
+            before = int(self._number)
+            if before % 2 == 0:
+                copy_parameters(module.parameters(), self._params)
+                version = int(self._version)
+                if int(self._number) == before:
+                    return version
+            time.sleep(0)
+
+
+@torch.no_grad()
+def copy_parameters(to, source):
+    torch._foreach_copy_(list(to), list(source))
+
+
+class Worker:
+    """A worker's own view: which one it is, and its line to the main process."""
+
+    def __init__(self, index: int, life: int, mailbox: Mailbox, beats: torch.Tensor, errors: torch.Tensor):
+        self.index, self.life = index, life  # life: how many there were before it in its place
+        self._mailbox, self._beats, self._errors = mailbox, beats, errors
+        self._parent = os.getpid()
+
+    def beat(self):
+        """Says that it is alive; ends the process if there is no main process any more."""
+        if os.getppid() != self._parent:
+            os._exit(1)
+        self._beats[self.index] = time.monotonic()
+
+    def send(self, **record):
+        """Hands a record over; waits while the main process is behind."""
+        while self._mailbox.is_full():
+            self.beat()
+            time.sleep(PAUSE)
+        self._mailbox.put(**record)
+        self.beat()
+
+    def run(self, target, args: tuple):
+        """The process: until it is killed, or `target` fails."""
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a stopped one outlives its parent
+        torch.set_num_threads(1)
+        try:
+            target(self, *args)
+        except BaseException:
+            text = traceback.format_exc().encode()[-self._errors.shape[1] :]
+            self._errors[self.index, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            os._exit(1)
+
+
+class Workers:
+    """`num` processes that run target(worker, *args), each replaced when it dies or has not beaten for `timeout` seconds.
+
+    To `Run` they are the environments: close() ends them.
+    """
+
+    def __init__(self, target, num: int, fields: dict[str, tuple], timeout: float):
+        self._target, self._timeout = target, timeout
+        self._mailboxes = [Mailbox(fields) for _ in range(num)]
+        self._beats, self._errors = shared((num,), np.float64), shared((num, 8192), np.uint8)
+        self._processes, self._lives = [None] * num, [0] * num
+        self._started = [0.0] * num
+        self._failures = deque(maxlen=max(2, num))  # (time, traceback) of the last workers that raised
+        self._next_watch, self._turn = 0.0, 0
+        self.replaced = 0
+
+    def start(self, *args):
+        """`args` go to the target behind its Worker; tensors among them should be shared."""
+        self._args = args
+        for index in range(len(self._processes)):
+            self._start(index)
+
+    def _start(self, index: int):
+        self._beats[index] = self._errors[index] = 0
+        self._started[index] = time.monotonic()
+        worker = Worker(index, self._lives[index], self._mailboxes[index], self._beats, self._errors)
+        process = mp.get_context("spawn").Process(target=worker.run, args=(self._target, self._args), daemon=True)
+        resource_tracker.ensure_running()  # it would lift the mask
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for the main process alone
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        self._processes[index] = process
+        self._lives[index] += 1
+
+    def receive(self) -> dict[str, np.ndarray] | None:
+        """A record of whichever worker has one, each in its turn."""
+        for _ in self._mailboxes:
+            self._turn = (self._turn + 1) % len(self._mailboxes)
+            if (record := self._mailboxes[self._turn].take()) is not None:
+                return record
+        return None
+
+    def watch(self):
+        """Replaces workers that died or hang, with a line each; raises UserError when that would not help.
+
+        Looks ten times a second, so that it can be called at every turn.
+        """
+        now = time.monotonic()
+        if now < self._next_watch:
+            return
+        self._next_watch = now + 0.1
+        for index, process in enumerate(self._processes):
+            beat = float(self._beats[index])
+            silent, allowed = (now - beat, self._timeout) if beat else (now - self._started[index], STARTUP)
+            if process.exitcode is not None:
+                self._replace(index, self._cause(index, process.exitcode))
+            elif silent > allowed:
+                self._replace(index, f"gave no sign of life for {allowed:g} seconds")
+
+    def _cause(self, index: int, exitcode: int) -> str:
+        text = bytes(self._errors[index].numpy()).rstrip(b"\0").decode(errors="replace")
+        if not text:
+            killed = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exited with {exitcode}"
+            return killed + (" (out of memory?)" if exitcode == -signal.SIGKILL else "")
+        now, frames = time.monotonic(), text.rpartition("\n  ")[0]  # without the message, which may hold numbers
+        self._failures.append((now, frames))
+        alike = len(self._failures) == self._failures.maxlen and len({frames for _, frames in self._failures}) == 1
+        if alike and now - self._failures[0][0] < STARTUP:
+            raise UserError(f"every worker fails in the same place:\n{text}")
+        return f"failed:\n{text}"
+
+    def _replace(self, index: int, cause: str):
+        process = self._processes[index]
+        name = f"worker {index} (process {process.pid})"
+        process.kill()
+        process.join()
+        self.replaced += 1
+        if self.replaced > MAX_REPLACED:
+            raise UserError(f"{MAX_REPLACED} workers have been replaced; the last, {name}, {cause}")
+        tqdm.write(f"{name} {cause}\n  replaced ({self.replaced} of at most {MAX_REPLACED})", file=sys.stderr)
+        self._start(index)
+
+    def close(self, terminate: bool = False):
+        """Ends all processes. They hold nothing that would want a farewell."""
+        for process in filter(None, self._processes):
+            process.kill()
+        for process in filter(None, self._processes):
+            process.join()
+        self._processes = [None] * len(self._processes)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict):
+        pass
