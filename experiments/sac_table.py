@@ -36,7 +36,9 @@ class Options:
 
 
 def main(options: Options):
-    print("| Environment | script | steps | minutes | greedy return | each seed | steps/s |\n|---|---|---|---|---|---|---|")
+    print(
+        "| Environment | script | steps | minutes | greedy return | each seed | steps/s |\n|---|---|---|---|---|---|---|"
+    )
     for task in [options.task] if options.task else TASKS:
         flags, seeds = TASKS[task]
         scripts = SCRIPTS if task != "Pendulum-v1" else {"sac.py": SCRIPTS["sac.py"]}

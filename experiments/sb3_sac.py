@@ -1,7 +1,7 @@
 """Stable-Baselines3's SAC with the settings of sac.py; writes a run folder that runs.py and plot.py can read.
 
-    pip install -e ".[bench,mujoco]"
-    python experiments/sb3_sac.py --env-id Hopper-v5 --total-timesteps 100000 --run-dir runs/sb3
+pip install -e ".[bench,mujoco]"
+python experiments/sb3_sac.py --env-id Hopper-v5 --total-timesteps 100000 --run-dir runs/sb3
 """
 
 import csv

@@ -154,6 +154,18 @@ class Broken(Constant):
         return obs, np.nan if self.count > self.after else reward, *rest
 
 
+class WornOut(Constant):
+    """Raises at its 100th step."""
+
+    count = 0
+
+    def step(self, action):
+        self.count += 1
+        if self.count == 100:
+            raise RuntimeError(f"worn out after {self.count} steps")
+        return super().step(action)
+
+
 class Slow(Constant):
     """20 ms a step: long enough to be interrupted at a chosen moment."""
 
@@ -200,6 +212,7 @@ CLASSES = (
     RareReward,
     Images,
     Broken,
+    WornOut,
     Slow,
 )
 for cls in CLASSES:
