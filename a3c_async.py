@@ -28,7 +28,6 @@ The step after an episode's end only resets the environment (gymnasium's NEXT_ST
 
 import math
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +40,7 @@ from common.envs import env_seed, make_envs
 from common.errors import UserError
 from common.optim import RMSpropA3C, clip_grad_norm_
 from common.run import Run, RunArgs, run_cli
-from common.workers import PAUSE, Snapshot, Worker, Workers, copy_parameters, shared
+from common.workers import PAUSE, Lags, Snapshot, Worker, Workers, copy_parameters, shared
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 
@@ -319,42 +318,6 @@ def decay_learning_rates(optimizer, env_steps, args):
         group["lr"] = learning_rate * remaining
 
 
-class Lags:
-    """How many updates old the parameters were that acted (D7); lag -> number of transitions."""
-
-    def __init__(self):
-        self.all, self.recent, self.dropped = Counter(), Counter(), 0
-
-    def add(self, lag: int, steps: int, max_lag: int | None) -> bool:
-        """Counts the transitions; False: they are too old to learn from."""
-        if max_lag is not None and lag > max_lag:
-            self.dropped += steps
-            return False
-        self.all[lag] += steps
-        self.recent[lag] += steps
-        return True
-
-    def log(self, logger, env_steps: int) -> dict:
-        """Mean and maximum since the last call; the histogram goes to TensorBoard."""
-        recent, self.recent = self.recent, Counter()
-        logger.histogram(env_steps, "lag/histogram", recent)
-        return {"lag/mean": mean(recent), "lag/max": max(recent), "lag/dropped": self.dropped}
-
-    def results(self) -> dict:
-        histogram = {str(lag): steps for lag, steps in sorted(self.all.items())}
-        return {"lag_mean": mean(self.all), "lag_max": max(self.all), "lag_histogram": histogram, "dropped": self.dropped}
-
-    def state_dict(self) -> dict:
-        return {"all": dict(self.all), "dropped": self.dropped}
-
-    def load_state_dict(self, state: dict):
-        self.all, self.dropped = Counter(state["all"]), state["dropped"]
-
-
-def mean(lags: Counter) -> float:
-    return sum(lag * steps for lag, steps in lags.items()) / sum(lags.values())
-
-
 # --- Work -------------------------------------------------------------------------------------------------------------
 
 
@@ -509,7 +472,7 @@ def train(args: Args) -> dict:
             run.require_finite(env_steps, actor_loss=logged[0], critic_loss=logged[1])
             if env_steps >= next_log:
                 next_log = env_steps + 500
-                run.logger.log(env_steps, **dict(zip(LOGGED, logged)), **lags.log(run.logger, env_steps))
+                run.logger.log(env_steps, **dict(zip(LOGGED, logged)), **lags.scalars(run.logger, env_steps))
         workers.close()
         return run.finish(env_steps, updates, **lags.results(), workers_replaced=workers.replaced)
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from multiprocessing import resource_tracker
 
 import numpy as np
@@ -128,6 +128,46 @@ class Worker:
             text = traceback.format_exc().encode()[-self._errors.shape[1] :]
             self._errors[self.index, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
             os._exit(1)
+
+
+class Lags:
+    """How many updates old the parameters were that acted (lecture decision D7): lag -> number of transitions."""
+
+    def __init__(self):
+        self._all, self._recent, self._dropped = Counter(), Counter(), 0
+
+    def add(self, lag: int, steps: int, max_lag: int | None) -> bool:
+        """Counts the transitions; False: they are too old to learn from."""
+        fresh = max_lag is None or lag <= max_lag
+        if fresh:
+            self._all[lag] += steps
+            self._recent[lag] += steps
+        else:
+            self._dropped += steps
+        return fresh
+
+    def scalars(self, logger, env_steps: int) -> dict:
+        """Mean and maximum since the last call, to be logged; the histogram goes to TensorBoard."""
+        recent, self._recent = self._recent, Counter()
+        if not recent:
+            return {"lag/dropped": self._dropped}
+        logger.histogram(env_steps, "lag/histogram", recent)
+        return {"lag/mean": mean(recent), "lag/max": max(recent), "lag/dropped": self._dropped}
+
+    def results(self) -> dict:
+        histogram = {str(lag): steps for lag, steps in sorted(self._all.items())}
+        largest = max(self._all, default=None)
+        return {"lag_mean": mean(self._all), "lag_max": largest, "lag_histogram": histogram, "dropped": self._dropped}
+
+    def state_dict(self) -> dict:
+        return {"all": dict(self._all), "dropped": self._dropped}
+
+    def load_state_dict(self, state: dict):
+        self._all, self._dropped = Counter(state["all"]), state["dropped"]
+
+
+def mean(lags: Counter) -> float | None:
+    return sum(lag * steps for lag, steps in lags.items()) / sum(lags.values()) if lags else None
 
 
 class Workers:

@@ -1,0 +1,75 @@
+"""The README's tables: every row a command with several seeds, greedy evaluation (20 episodes a seed).
+
+    python experiments/tables.py a2c                        minutes
+    python experiments/tables.py a2c --row CartPole-v1
+    python experiments/tables.py a3c --at-a-time 1          its runs have worker processes of their own
+    python experiments/tables.py sac                        hours; needs pip install -e ".[bench,mujoco]"
+
+Prints mean ± std over seeds. The folders of the runs are what experiments/plot.py wants.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from runs import ROOT, mean_std, run_all
+
+LUNAR = "--env-id LunarLander-v3 --num-envs 8 --num-steps 5 --actor-lr 5e-4 --critic-lr 3e-3 --ent-coef 0.05 --total-timesteps 2000000"
+SAME = "--total-timesteps 100000 --learning-starts 10000 --num-threads 1"  # for both of the scripts compared
+TABLES = {  # row: script, flags, seeds
+    "a2c": {
+        "CartPole-v1": ("a2c_sync.py", "", 5),
+        "Acrobot-v1": ("a2c_sync.py", "--env-id Acrobot-v1 --actor-lr 1e-3 --total-timesteps 500000", 5),
+        "LunarLander-v3": ("a2c_sync.py", LUNAR, 5),
+        "InvertedPendulum-v5": (
+            "a2c_sync.py",
+            "--env-id InvertedPendulum-v5 --actor-lr 3e-3 --ent-coef 0 --total-timesteps 200000",
+            5,
+        ),
+    },
+    "a3c": {
+        f"{env_id} {update}": ("a3c_async.py", f"--env-id {env_id} --update {update} {flags}", 5)
+        for env_id, flags in {"CartPole-v1": "", "Acrobot-v1": ""}.items()
+        for update in ("pooled", "hogwild")
+    },
+    "sac": {
+        "Pendulum-v1": ("sac.py", "--total-timesteps 10000", 5),
+        "HalfCheetah-v5": ("sac.py", f"--env-id HalfCheetah-v5 {SAME}", 3),
+        "HalfCheetah-v5 Stable-Baselines3": ("experiments/sb3_sac.py", f"--env-id HalfCheetah-v5 {SAME}", 3),
+        "Hopper-v5": ("sac.py", f"--env-id Hopper-v5 {SAME}", 3),
+        "Hopper-v5 Stable-Baselines3": ("experiments/sb3_sac.py", f"--env-id Hopper-v5 {SAME}", 3),
+    },
+}
+
+
+@dataclass
+class Options:
+    table: tyro.conf.Positional[Literal["a2c", "a3c", "sac"]]
+    """which table"""
+    row: str | None = None
+    """rows whose name begins so; by default all"""
+    at_a_time: int = 2
+    """runs in parallel"""
+    out: str = "runs/tables"
+    """folder of the runs; those that are there are not run again"""
+
+
+def main(options: Options):
+    print("| | flags | steps | minutes | greedy return | each seed | steps/s |\n|---|---|---|---|---|---|---|")
+    for row, (script, flags, seeds) in TABLES[options.table].items():
+        if not row.startswith(options.row or ""):
+            continue
+        out = Path(options.out).absolute() / options.table
+        jobs = [(ROOT / script, flags, seed, out / f"{row}__{seed}") for seed in range(1, seeds + 1)]
+        runs = run_all(jobs, options.at_a_time)
+        returns = [run["eval_return_mean"] for run in runs]
+        print(
+            f"| {row} | `{flags}` | {runs[0]['env_steps']:,} | {mean_std([r['seconds'] / 60 for r in runs])} "
+            f"| {mean_std(returns)} | {', '.join(f'{r:.0f}' for r in returns)} | {mean_std([r['sps'] for r in runs], 0)} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
