@@ -1,6 +1,6 @@
 """Training return of runs over environment steps, mean and standard deviation over runs of the same folder name:
 
-    python experiments/plot.py runs/a2c_table/CartPole-v1__1 runs/a2c_table/CartPole-v1__2 --out curve.png
+    python experiments/plot.py runs/tables/a2c/CartPole-v1__1 runs/tables/a2c/CartPole-v1__2 --out curve.png
 
 Needs the extra: pip install -e ".[plot]"
 """

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def call(*words) -> str:
     """Standard output of a Python command in the repository's root; ends the experiment if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, cwd=ROOT)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, words))} failed:\n{done.stderr[-2000:]}")

@@ -7,11 +7,17 @@
     python experiments/speed.py --part solve     a2c_sync.py, seconds until 100 episodes have a mean return of 475
     python experiments/speed.py --part replay    off_policy_ac.py, updates per second at K = 10 against plain code
     python experiments/speed.py --part buffer    the ring buffer against Stable-Baselines3's, with HalfCheetah's sizes
+    python experiments/speed.py --part sac       sac.py, HalfCheetah-v5, against Stable-Baselines3's and SBX's: steps per second
+    python experiments/speed.py --part workers   a3c_async.py with 1, 2, 4 workers: steps per second
+    python experiments/speed.py --part race      a3c_async.py and a2c_sync.py with four environments: seconds to 475
 
-Every measurement is a process of its own with one thread. Machines vary by the minute: read the ratios.
+Every measurement is a process of its own, with one thread except in `sac`, where each has all cores. Machines vary by the
+minute: read the ratios.
 """
 
+import csv
 import json
+import os
 import sys
 import tempfile
 import time
@@ -26,26 +32,35 @@ from runs import ROOT, call, run, variant
 EQUAL = dict(
     num_envs=8, num_steps=5, gamma=0.99, gae_lambda=1.0, ent_coef=0.0, learning_rate=7e-4
 )  # SB3's defaults and zoo
-OURS_EQUAL = "--num-envs 8 --num-steps 5 --gae-lambda 1 --ent-coef 0 --optimizer rmsprop --actor-lr 7e-4 --no-lr-decay"
+OURS_EQUAL = "--num-envs 8 --num-steps 5 --gae-lambda 1 --ent-coef 0 --optimizer rmsprop --actor-lr 7e-4 --no-lr-decay --max-grad-norm 0.5"
 
 
 @dataclass
 class Options:
-    part: Literal["all", "equal", "native", "solve", "replay", "buffer"] = "all"
+    part: Literal["all", "equal", "native", "solve", "replay", "buffer", "sac", "workers", "race"] = "all"
     """which comparison to run"""
     rounds: int = 3
-    """how often each side of all parts but `solve` is measured, in turn"""
+    """how often each side of all parts but `solve` and `race` is measured, in turn"""
     seeds: int = 5
-    """seeds of `solve`"""
+    """seeds of `solve` and `race`"""
     worker: str | None = None
     """internal: one measurement of the other side"""
 
 
-def ours(flags: str, total_timesteps: int, seed: int = 1) -> dict:
-    """One run of a2c_sync.py, with the seconds after which 100 episodes had a mean return of 475."""
-    flags = f"--total-timesteps {total_timesteps} --eval-episodes 10 {flags}"
+def ours(flags: str, total_timesteps: int, seed: int = 1, script: str = "a2c_sync.py", after: int = 0) -> dict:
+    """One run, with the seconds after which 100 episodes had a mean return of 475.
+
+    after: measure steps per second only from there on, without start-up and warm-up.
+    """
+    flags = f"--total-timesteps {total_timesteps} --eval-episodes 1 {flags}"
     with tempfile.TemporaryDirectory() as folder:
-        return run("a2c_sync.py", flags, seed, Path(folder) / "run", threshold=475)
+        end = run(script, flags, seed, Path(folder) / "run", threshold=475)
+        if after:
+            with open(Path(folder) / "run" / "metrics.csv") as file:
+                rows = [(int(r["env_steps"]), float(r["seconds"])) for r in csv.DictReader(file)]
+            steps, seconds = next(row for row in rows if row[0] >= after)
+            end["sps"] = (rows[-1][0] - steps) / (rows[-1][1] - seconds)
+        return end
 
 
 def theirs(**spec) -> dict:
@@ -247,7 +262,89 @@ def buffer(options: Options):
     ratio(a, b)
 
 
+SAC_STEPS = 1_000, 1_500, 4_000  # the first update, from where on it is timed (compiled, warm), the end
+
+
+def sac_worker(library: str) -> dict:
+    """Steps per second of another library's SAC on HalfCheetah-v5, with its defaults, which are those of sac.py."""
+    import resource
+
+    import gymnasium as gym
+    import torch
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    if library == "sbx":
+        from sbx import SAC
+    else:
+        from stable_baselines3 import SAC
+
+        torch.set_num_threads(os.cpu_count())
+    starts, first, total = SAC_STEPS
+
+    class Clock(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == first:
+                self.begin = time.perf_counter()
+            return True
+
+    clock = Clock()
+    policy = {"net_arch": [256, 256]}
+    model = SAC("MlpPolicy", gym.make("HalfCheetah-v5"), seed=1, learning_starts=starts, policy_kwargs=policy)
+    model.learn(total, callback=clock)
+    sps = (total - first) / (time.perf_counter() - clock.begin)
+    return {"sps": sps, "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def sac(options: Options):
+    print(f"SAC, HalfCheetah-v5, one update a step, all {os.cpu_count()} cores, steps/s in {options.rounds} rounds")
+    starts, first, total = SAC_STEPS
+    flags = f"--env-id HalfCheetah-v5 --learning-starts {starts} --num-threads {os.cpu_count()}"
+    a, b, c = [], [], []
+    for _ in range(options.rounds):
+        a.append(ours(flags, total, script="sac.py", after=first))
+        b.append(theirs(sac="sb3"))
+        c.append(theirs(sac="sbx"))
+    line("sac.py", a, digits=1)
+    line("Stable-Baselines3", b, digits=1)
+    line("SBX", c, digits=1)
+    ratio(a, b)
+    ratio(a, c)
+
+
+def workers(options: Options):
+    print(f"a3c_async.py, 1, 2 and 4 workers of one environment and one thread each, steps/s in {options.rounds} rounds")
+    pong = "--env-id ALE/Pong-v5 --network shared --num-steps 20 --batch-size 80 --actor-lr 1e-4"
+    tasks = {"Pong": (pong, 6_000), "HalfCheetah": ("--env-id HalfCheetah-v5 --num-steps 20", 40_000)}
+    for task, (flags, total) in tasks.items():
+        for update in ("pooled", "hogwild"):
+            speeds = {num: [] for num in (1, 2, 4)}
+            for _ in range(options.rounds):
+                for num, into in speeds.items():
+                    words = f"{flags} --update {update} --num-workers {num}"
+                    into.append(ours(words, total, script="a3c_async.py", after=total // 3))
+            for num, each in speeds.items():
+                line(f"{task}, {update}, {num} workers", each)
+            ratio(speeds[2], speeds[1])
+            ratio(speeds[4], speeds[1])
+
+
+def race(options: Options):
+    print(f"Four environments, seconds to a mean training return of 475 over 100 episodes, seeds 1 to {options.seeds}")
+    sides = {
+        "a2c_sync.py": ("a2c_sync.py", "--num-envs 4 --optimizer rmsprop"),
+        "a3c_async.py, pooled": ("a3c_async.py", "--num-envs 4 --update pooled"),
+        "a3c_async.py, hogwild": ("a3c_async.py", "--num-envs 4 --update hogwild"),
+    }
+    for name, (script, flags) in sides.items():
+        runs = [ours(flags, 500_000, seed, script) for seed in range(1, options.seeds + 1)]
+        line(name + ": seconds", runs, "solved_seconds", 1)
+        line(name + ": steps", runs, "solved_steps")
+        line(name + ": steps/s", runs)
+
+
 def worker(spec: dict) -> dict:
+    if "sac" in spec:
+        return sac_worker(spec["sac"])
     if "buffer" in spec:
         return buffer_worker(spec["buffer"], spec["calls"])
     return raw_worker(spec["num_envs"], spec["seconds"]) if spec.pop("raw", False) else sb3_worker(**spec)
@@ -258,6 +355,6 @@ if __name__ == "__main__":
     if options.worker:
         print(json.dumps(worker(json.loads(options.worker))))
         sys.exit()
-    for part in (equal, native, solve, replay, buffer):
+    for part in (equal, native, solve, replay, buffer, sac, workers, race):
         if options.part in ("all", part.__name__):
             part(options)

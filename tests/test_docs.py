@@ -16,8 +16,7 @@ from common.run import check_ranges
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "a2c_sync.py",
-    ROOT / "off_policy_ac.py",
+    *sorted(ROOT.glob("*.py")),
     *sorted((ROOT / "experiments").glob("*.py")),
 ]
 

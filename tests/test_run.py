@@ -20,6 +20,7 @@ from helpers import checkpoint, events, metrics, results, same
 
 import a2c_sync
 import off_policy_ac
+import sac
 from a2c_sync import Args, train
 from common import checkpoint as checkpoint_module
 from common.checkpoint import load_checkpoint, save_checkpoint
@@ -66,8 +67,9 @@ SLOWER = {"num_envs": 2, "total_timesteps": 1_500, "checkpoint_every": 150, "lea
         (a2c_sync, {}),
         (a2c_sync, {"env_id": "Pendulum-v1", "network": "shared", "normalize_obs": True, "optimizer": "rmsprop"}),
         (off_policy_ac, SLOWER | {"env_id": "Pendulum-v1", "buffer_size": 500}),  # which wraps around
+        (sac, SLOWER | {"num_threads": 1}),
     ],
-    ids=["default", "continuous", "replay"],
+    ids=["default", "continuous", "replay", "sac"],
 )
 def test_killed_and_resumed_is_bit_identical(workdir, script, flags):
     """SIGKILL at three random moments; then the same weights, optimizers, statistics, metrics and evaluation."""
@@ -281,7 +283,21 @@ BAD_REPLAY = {
     "--tau 1.1": "--tau",
     "--env-id toy_envs:UnboundedActions-v0": "bounded",
 }
-ALL_BAD = [(a2c_sync, BAD, words) for words in BAD] + [(off_policy_ac, BAD_REPLAY, words) for words in BAD_REPLAY]
+BAD_SAC = {
+    "--env-id CartPole-v1": "use off_policy_ac.py",
+    "--alpha 0": "--alpha must be auto or lie in (0, inf)",
+    "--alpha -1": "--alpha must be auto or lie in (0, inf)",
+    "--alpha nan": "--alpha must be auto or lie in (0, inf)",
+    "--num-critics 0": "--num-critics must lie in [1, inf)",
+    "--estimator score": "--num-action-samples 2 or more",
+    "--buffer-size 1000000000000": "would fit",
+    "--learning-starts 20000": "nothing would be learned",
+}
+ALL_BAD = [
+    (script, sentences, words)
+    for script, sentences in ((a2c_sync, BAD), (off_policy_ac, BAD_REPLAY), (sac, BAD_SAC))
+    for words in sentences
+]
 
 
 @pytest.mark.parametrize("script, sentences, words", ALL_BAD, ids=[words for _, _, words in ALL_BAD])
