@@ -198,11 +198,11 @@ class Workers:
         worker = Worker(index, self._lives[index], self._mailboxes[index], self._beats, self._errors)
         process = mp.get_context("spawn").Process(target=worker.run, args=(self._target, self._args), daemon=True)
         resource_tracker.ensure_running()  # it would lift the mask
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for the main process alone
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for the main process
         try:
             process.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._processes[index] = process
         self._lives[index] += 1
 

@@ -312,7 +312,9 @@ def sac(options: Options):
 
 
 def workers(options: Options):
-    print(f"a3c_async.py, 1, 2 and 4 workers of one environment and one thread each, steps/s in {options.rounds} rounds")
+    print(
+        f"a3c_async.py, 1, 2 and 4 workers of one environment and one thread each, steps/s in {options.rounds} rounds"
+    )
     pong = "--env-id ALE/Pong-v5 --network shared --num-steps 20 --batch-size 80 --actor-lr 1e-4"
     tasks = {"Pong": (pong, 6_000), "HalfCheetah": ("--env-id HalfCheetah-v5 --num-steps 20", 40_000)}
     for task, (flags, total) in tasks.items():

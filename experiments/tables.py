@@ -3,6 +3,7 @@
     python experiments/tables.py a2c                        minutes
     python experiments/tables.py a2c --row CartPole-v1
     python experiments/tables.py a3c --at-a-time 1          its runs have worker processes of their own
+    python experiments/tables.py lag --at-a-time 1          return against lag
     python experiments/tables.py sac                        hours; needs pip install -e ".[bench,mujoco]"
 
 Prints mean ± std over seeds. The folders of the runs are what experiments/plot.py wants.
@@ -17,6 +18,8 @@ from runs import ROOT, mean_std, run_all
 
 LUNAR = "--env-id LunarLander-v3 --num-envs 8 --num-steps 5 --actor-lr 5e-4 --critic-lr 3e-3 --ent-coef 0.05 --total-timesteps 2000000"
 SAME = "--total-timesteps 100000 --learning-starts 10000 --num-threads 1"  # for both of the scripts compared
+LAGGARDS = [f"--num-workers {num}" for num in (1, 2, 4, 8)]  # without, then with a slow one among four
+LAGGARDS += [f"--slow-worker {flags}" for flags in ("0.01", "0.1", "1", "0.1 --max-lag 8")]
 TABLES = {  # row: script, flags, seeds
     "a2c": {
         "CartPole-v1": ("a2c_sync.py", "", 5),
@@ -33,6 +36,11 @@ TABLES = {  # row: script, flags, seeds
         for env_id, flags in {"CartPole-v1": "", "Acrobot-v1": ""}.items()
         for update in ("pooled", "hogwild")
     },
+    "lag": {
+        f"{update} {flags}": ("a3c_async.py", f"--update {update} {flags} --total-timesteps 100000", 3)
+        for update in ("pooled", "hogwild")
+        for flags in LAGGARDS
+    },
     "sac": {
         "Pendulum-v1": ("sac.py", "--total-timesteps 10000", 5),
         "HalfCheetah-v5": ("sac.py", f"--env-id HalfCheetah-v5 {SAME}", 3),
@@ -45,7 +53,7 @@ TABLES = {  # row: script, flags, seeds
 
 @dataclass
 class Options:
-    table: tyro.conf.Positional[Literal["a2c", "a3c", "sac"]]
+    table: tyro.conf.Positional[Literal["a2c", "a3c", "lag", "sac"]]
     """which table"""
     row: str | None = None
     """rows whose name begins so; by default all"""
@@ -56,7 +64,8 @@ class Options:
 
 
 def main(options: Options):
-    print("| | flags | steps | minutes | greedy return | each seed | steps/s |\n|---|---|---|---|---|---|---|")
+    print("| | flags | steps | minutes | greedy return | each seed | steps/s | lag |")
+    print("|---|---|---|---|---|---|---|---|")
     for row, (script, flags, seeds) in TABLES[options.table].items():
         if not row.startswith(options.row or ""):
             continue
@@ -64,11 +73,13 @@ def main(options: Options):
         jobs = [(ROOT / script, flags, seed, out / f"{row}__{seed}") for seed in range(1, seeds + 1)]
         runs = run_all(jobs, options.at_a_time)
         returns = [run["eval_return_mean"] for run in runs]
-        print(
-            f"| {row} | `{flags}` | {runs[0]['env_steps']:,} | {mean_std([r['seconds'] / 60 for r in runs])} "
-            f"| {mean_std(returns)} | {', '.join(f'{r:.0f}' for r in returns)} | {mean_std([r['sps'] for r in runs], 0)} |",
-            flush=True,
-        )
+        minutes, speed = mean_std([r["seconds"] / 60 for r in runs]), mean_std([r["sps"] for r in runs], 0)
+        each = ", ".join(f"{r:.0f}" for r in returns)
+        lag = ""
+        if "lag_mean" in runs[0]:
+            lag = f"{mean_std([r['lag_mean'] for r in runs])}, at most {max(r['lag_max'] for r in runs)}"
+        cells = row, f"`{flags}`", f"{runs[0]['env_steps']:,}", minutes, mean_std(returns), each, speed, lag
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

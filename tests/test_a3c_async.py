@@ -336,8 +336,11 @@ def test_a_fault_of_every_worker_ends_the_run_with_its_traceback(workdir, update
     assert checkpoint("run")["env_steps"] == 0  # there is one to look at
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["Ctrl-C", "SIGTERM", "SIGKILL"])
-@BOTH
+@pytest.mark.parametrize(
+    "update, how",
+    [("pooled", signal.SIGINT), ("hogwild", signal.SIGTERM), ("pooled", signal.SIGKILL), ("hogwild", signal.SIGKILL)],
+    ids=["Ctrl-C", "SIGTERM", "SIGKILL", "SIGKILL hogwild"],
+)
 def test_no_process_is_left(workdir, update, how):
     flags = "--run-dir run --num-workers 3 --total-timesteps 100000000 --update".split()
     process = start(SCRIPT, *flags, update, cwd=workdir, start_new_session=True)
