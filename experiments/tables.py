@@ -27,7 +27,7 @@ TABLES = {  # row: script, flags, seeds
         "LunarLander-v3": ("a2c_sync.py", LUNAR, 5),
         "InvertedPendulum-v5": (
             "a2c_sync.py",
-            "--env-id InvertedPendulum-v5 --actor-lr 3e-3 --ent-coef 0 --total-timesteps 200000",
+            "--env-id InvertedPendulum-v5 --actor-lr 3e-3 --ent-coef 0 --max-grad-norm 0.5 --total-timesteps 200000",
             5,
         ),
     },
