@@ -53,13 +53,13 @@ class Args(RunArgs):
     """β, weight of the entropy bonus"""
     value_coef: float = 0.5
     """c, weight of the critic's loss; matters where the networks share a trunk"""
-    actor_lr: float = 5e-3
+    actor_lr: float = 1e-2
     """learning rate of the actor; with --network shared of everything"""
     critic_lr: float | None = None
     """learning rate of the critic; by default that of the actor"""
     lr_decay: bool = True
     """let the learning rates fall linearly to 0 at --total-timesteps"""
-    optimizer: Literal["adam", "rmsprop"] = "adam"
+    optimizer: Literal["rmsprop", "adam"] = "rmsprop"
     """rmsprop: with ε inside the root, as in the published A3C and A2C results"""
     max_grad_norm: float = math.inf
     """gradients of a network are scaled down to this norm; 0.5 is usual, but makes V forget what is rare (docs)"""

@@ -77,7 +77,7 @@ class Args(RunArgs):
     """β, weight of the entropy bonus"""
     value_coef: float = 0.5
     """c, weight of the critic's loss; matters where the networks share a trunk"""
-    actor_lr: float = 5e-3
+    actor_lr: float = 1e-2
     """learning rate of the actor; with --network shared of everything"""
     critic_lr: float | None = None
     """learning rate of the critic; by default that of the actor"""

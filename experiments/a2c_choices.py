@@ -26,7 +26,7 @@ D4 = {
 }
 TASKS = {  # flags, and the training return that counts as solved
     "CartPole-v1": ("--total-timesteps 300000", 475),
-    "Acrobot-v1": ("--env-id Acrobot-v1 --actor-lr 2e-3 --total-timesteps 200000", -100),
+    "Acrobot-v1": ("--env-id Acrobot-v1 --total-timesteps 200000", -100),
 }
 
 
