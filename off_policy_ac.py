@@ -361,10 +361,11 @@ def train(args: Args) -> dict:
                 actions = policy.sample()
                 old_log_probs = policy.log_prob(actions)
             actions, old_log_probs = actions.cpu().numpy(), old_log_probs.cpu().numpy()
+            run.require_finite(env_steps, action=actions.sum())
             next_obs, rewards, terminated, truncated, infos = envs.step(actions)
 
             # Store
-            run.require_finite(env_steps, reward=rewards.sum())  # before it is in the buffer, and so in a checkpoint
+            run.require_finite(env_steps, reward=rewards.sum(), observation=next_obs.sum())  # else a checkpoint has them
             buffer.add(
                 valid, obs=obs, actions=actions, old_log_probs=old_log_probs,
                 rewards=rewards, next_obs=next_obs, terminated=terminated,

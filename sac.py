@@ -37,7 +37,7 @@ from common.envs import make_envs
 from common.errors import UserError
 from common.optim import Adam
 from common.ring_buffer import RingBuffer
-from common.run import Run, RunArgs, run_cli
+from common.run import Run, RunArgs, require_compiler, run_cli
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 
@@ -84,8 +84,8 @@ class Args(RunArgs):
 
 def check(args: Args):
     """Raises UserError for flags that contradict each other."""
-    if args.alpha != "auto" and not (isinstance(args.alpha, float) and 0 < args.alpha < math.inf):
-        raise UserError(f"--alpha must be auto or lie in (0, inf), got {args.alpha}.")
+    if args.alpha != "auto" and not (isinstance(args.alpha, (int, float)) and 0 < args.alpha < math.inf):
+        raise UserError(f"--alpha must be auto or lie in (0, inf), got {args.alpha!r}.")
     if args.estimator == "score" and args.num_action_samples < 2:
         raise UserError("--estimator score compares an action with others: it needs --num-action-samples 2 or more.")
     if args.buffer_size < args.num_envs:
@@ -218,7 +218,7 @@ class ActorCritic(nn.Module):
         self.critics = Critics(observation_space, action_space, args)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         alpha = 1.0 if args.alpha == "auto" else args.alpha
-        self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
+        self.log_alpha = nn.Parameter(torch.tensor(float(alpha)).log())
 
     def act(self, obs: torch.Tensor, greedy: bool = False) -> torch.Tensor:
         """obs (N, ...) -> actions (N, A), sampled or the most likely ones before they are squashed."""
@@ -286,9 +286,8 @@ def train(args: Args) -> dict:
     groups = [
         {"params": list(actor.parameters()), "lr": args.actor_lr},
         {"params": list(critics.parameters()), "lr": args.critic_lr},
+        {"params": [log_alpha], "lr": args.actor_lr if args.alpha == "auto" else 0.0},
     ]
-    if args.alpha == "auto":
-        groups.append({"params": [log_alpha], "lr": args.actor_lr})
     learning_rates = [group["lr"] for group in groups]
     optimizer = Adam(groups)
     frozen_critics = copy.deepcopy(critics).requires_grad_(False)  # the same weights in the same memory: the actor's
@@ -350,6 +349,7 @@ def train(args: Args) -> dict:
         }  # fmt: skip
 
     if args.compile:
+        require_compiler(device)
         graphs = {"triton.cudagraphs": True} if device.type == "cuda" else {}
         learn = torch.compile(learn, options={"fallback_random": True} | graphs)
 
@@ -372,10 +372,11 @@ def train(args: Args) -> dict:
                 with torch.no_grad():
                     actions = agent.act(torch.as_tensor(obs, device=device))
             actions = actions.cpu().numpy()
+            run.require_finite(env_steps, action=actions.sum())
             next_obs, rewards, terminated, truncated, infos = envs.step(actions)
 
             # Store
-            run.require_finite(env_steps, reward=rewards.sum())  # before it is in the buffer, and so in a checkpoint
+            run.require_finite(env_steps, reward=rewards.sum(), observation=next_obs.sum())  # else a checkpoint has them
             buffer.add(
                 valid, obs=obs, actions=actions, rewards=rewards, next_obs=next_obs, terminated=terminated
             )  # fmt: skip

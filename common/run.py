@@ -342,6 +342,15 @@ class Run:
         return results
 
 
+def require_compiler(device: torch.device):
+    """Raises UserError if torch.compile does not work here."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"--compile needs what torch.compile needs, a C++ compiler above all: {reason}") from None
+
+
 def kind_of(state: dict):
     """What two states of a part must have in common: their names, or an optimizer's names of settings."""
     return [sorted(group) for group in state["param_groups"]] if "param_groups" in state else sorted(state)

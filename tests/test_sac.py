@@ -1,7 +1,10 @@
 """sac.py: its densities and gradients against numbers from elsewhere, and one run as a whole."""
 
+import copy
 import json
 import math
+
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -216,6 +219,140 @@ def test_the_actors_loss_leaves_no_gradient_in_the_critics(workdir, monkeypatch,
     assert len(kept) == 80
 
 
+def plain_critics(critics, obs, actions, layer_norm):
+    """Q_i(s, a), one critic after the other, from the ensemble's weights: (M, B)."""
+    linears, qs = [m for m in critics.net if isinstance(m, sac.Linears)], []
+    for i in range(critics.num):
+        x = torch.cat([critics.encoder(obs), actions], -1)
+        for k, each in enumerate(linears):
+            x = x @ each.weight[i] + each.bias[i, 0]
+            if k < 2:
+                x = (torch.nn.functional.layer_norm(x, x.shape[-1:]) if layer_norm else x).relu()
+        qs.append(x.squeeze(-1))
+    return torch.stack(qs)
+
+
+def plain_log_prob(mean, log_std, u):
+    """In float64, the Jacobian as 1/cosh² u."""
+    mean, log_std, u = mean.double(), log_std.double(), u.double()
+    return (torch.distributions.Normal(mean, log_std.exp()).log_prob(u) + 2 * torch.log(torch.cosh(u))).sum(-1).float()
+
+
+def plain_gradients(agent, batch, args):
+    """Gradients of critics, actor and log α, written out; draws the noise in the order in which learn() does."""
+
+    def policy(obs):
+        mean, log_std = agent.actor.head(agent.actor.body(agent.actor.encoder(obs))).chunk(2, -1)
+        return mean, log_std.clamp(-20, 2)
+
+    def q(critics, obs, u):
+        return plain_critics(critics, obs, u.tanh(), args.layer_norm)
+
+    alpha, K = agent.log_alpha.exp().item(), args.num_action_samples
+    with torch.no_grad():
+        mean, log_std = policy(batch.next_obs)
+        u = mean + log_std.exp() * torch.randn_like(mean)
+        soft_value = q(agent.target_critics, batch.next_obs, u).min(0)[0] - alpha * plain_log_prob(mean, log_std, u)
+        q_target = batch.rewards + args.gamma * (1 - batch.terminated) * soft_value
+    found = plain_critics(agent.critics, batch.obs, batch.actions, args.layer_norm)
+    critic_loss = sum(0.5 * ((each - q_target) ** 2).mean() for each in found)
+
+    mean, log_std = policy(batch.obs)
+    us = [mean + log_std.exp() * noise for noise in torch.randn(K, *mean.shape)]
+    if args.estimator == "score":
+        us = [u.detach() for u in us]
+    log_probs = [plain_log_prob(mean, log_std, u) for u in us]
+    least = [q(agent.critics, batch.obs, u).min(0)[0] for u in us]
+    if args.estimator == "reparam":
+        actor_loss = sum((alpha * p - each).mean() for p, each in zip(log_probs, least)) / K
+    else:
+        scores = [(each - alpha * p).detach() for p, each in zip(log_probs, least)]
+        others = [sum(scores[j] for j in range(K) if j != k) / (K - 1) for k in range(K)]
+        actor_loss = -sum((p * (s - b)).mean() for p, s, b in zip(log_probs, scores, others)) / K
+    return (
+        torch.autograd.grad(critic_loss, list(agent.critics.parameters())),
+        torch.autograd.grad(actor_loss, list(agent.actor.parameters())),
+        -(torch.stack(log_probs) - batch.actions.shape[1]).mean().detach(),
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"num_critics": 5, "num_action_samples": 2, "layer_norm": True},
+        {"estimator": "score", "num_action_samples": 4, "alpha": 0.3},
+        {"env_id": "toy_envs:ImagesBox-v0", "num_critics": 1, "total_timesteps": 56, "batch_size": 4},
+    ],
+    ids=str,
+)
+def test_every_update_is_the_one_written_out_plainly(workdir, monkeypatch, flags):
+    """The gradient of every parameter, and the target network's step, at every update of a run."""
+    flags = {"actor_lr": 1e-2, "critic_lr": 1e-2, "env_id": "toy_envs:TerminatingBox-v0"} | flags
+    args, agents, drawn, updates = Args(**(SHORT | flags)), record_agents(monkeypatch, sac), [], []
+    sample = sac.RingBuffer.sample
+
+    def remember(buffer, size):
+        batch = sample(buffer, size)
+        drawn[:] = [batch, torch.get_rng_state(), copy.deepcopy(agents[0].state_dict())]
+        return batch
+
+    def compare(target, source, tau):
+        batch, rng, before = drawn
+        plain = ActorCritic(*spaces, args)
+        plain.load_state_dict(before)
+        with torch.random.fork_rng():
+            torch.set_rng_state(rng)
+            critic_grads, actor_grads, alpha_grad = plain_gradients(plain, batch, args)
+        for ours, wanted in ((agents[0].critics, critic_grads), (agents[0].actor, actor_grads)):
+            for p, grad in zip(ours.parameters(), wanted):
+                assert (p.grad - grad).norm() <= 1e-3 * grad.norm() + 1e-6
+        assert agents[0].log_alpha.grad.item() == pytest.approx(alpha_grad.item(), abs=1e-3)
+        old = [p.clone() for p in target.parameters()]
+        polyak_update(target, source, tau)
+        for p, q, o in zip(target.parameters(), source.parameters(), old):
+            torch.testing.assert_close(p, args.tau * q + (1 - args.tau) * o)
+        updates.append(1)
+
+    envs = make_envs(args, 1)
+    spaces = envs.single_observation_space, envs.single_action_space
+    monkeypatch.setattr(sac.RingBuffer, "sample", remember)
+    monkeypatch.setattr(sac, "polyak_update", compare)
+    end = run(**flags)
+    assert len(updates) == end["updates"] == args.total_timesteps - 50
+
+
+def test_greedy_actions_are_squashed_too():
+    agent = ActorCritic(*SPACES, Args())
+    with torch.no_grad():
+        agent.actor.head.bias += 5.0
+        obs = torch.randn(4, 3)
+        actions = agent.act(obs, greedy=True)
+        torch.testing.assert_close(actions, agent.actor(obs).mean.tanh())
+    assert (actions > 0.9).all() and (actions <= 1).all()
+
+
+def test_sigma_is_bounded():
+    agent = ActorCritic(*SPACES, Args())
+    for bias, log_std in ((100.0, 2.0), (-100.0, -20.0)):
+        with torch.no_grad():
+            agent.actor.head.bias.fill_(bias)
+        assert (agent.actor(torch.randn(4, 3)).log_std == log_std).all()
+
+
+@pytest.mark.parametrize("env_id", ["BrokenBox", "BrokenObsBox"])
+def test_what_is_not_finite_never_gets_into_a_checkpoint(workdir, env_id):
+    with pytest.raises(UserError, match="reward is not finite|observation is not finite"):
+        run(env_id=f"toy_envs:{env_id}-v0", total_timesteps=400, checkpoint_every=20)
+    parts = checkpoint("run")["parts"]
+    assert all(field.isfinite().all() for field in parts["buffer"]["fields"].values())
+
+
+def test_weights_that_are_not_finite_do_not_act(workdir):
+    with pytest.raises(UserError, match="(action|loss) is not finite"):
+        run(actor_lr=1e38, total_timesteps=2_000)
+
+
 def test_polyak_weighs_the_new_parameters(workdir):
     target, source = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     a, b = target.weight.item(), source.weight.item()
@@ -278,8 +415,32 @@ def test_a_resumed_run_takes_new_rates_and_a_new_alpha(workdir):
     run(alpha=0.2)
     train(Args(resume="run", total_timesteps=150, alpha=0.5, actor_lr=1e-5, critic_lr=2e-5))
     parts = checkpoint("run")["parts"]
-    assert [group["lr"] for group in parts["optimizer"]["param_groups"]] == [1e-5, 2e-5]
+    assert [group["lr"] for group in parts["optimizer"]["param_groups"]] == [1e-5, 2e-5, 0.0]
     assert parts["agent"]["log_alpha"].exp().item() == pytest.approx(0.5)
+
+
+def test_a_resumed_run_may_begin_and_end_to_tune_alpha(workdir):
+    run(alpha=0.2)
+    train(Args(resume="run", total_timesteps=150, alpha="auto"))
+    tuned = checkpoint("run")["parts"]["agent"]["log_alpha"].exp().item()
+    assert tuned != 0.2 and tuned == pytest.approx(0.2, rel=0.1)
+    train(Args(resume="run", total_timesteps=170, alpha=0.3))
+    assert checkpoint("run")["parts"]["agent"]["log_alpha"].exp().item() == pytest.approx(0.3)
+
+
+def test_alpha_may_be_any_number(workdir):
+    run(alpha=1)
+    assert checkpoint("run")["parts"]["agent"]["log_alpha"] == 0
+
+
+def test_compile_without_a_compiler_says_so(workdir, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(sac.torch, "compile", lambda *_, **__: fail)
+    with pytest.raises(UserError, match="--compile needs"):
+        run(compile=True)
+    assert not list(Path(".").iterdir())
 
 
 FLAGS = [

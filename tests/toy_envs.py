@@ -154,6 +154,29 @@ class Broken(Constant):
         return obs, np.nan if self.count > self.after else reward, *rest
 
 
+class BrokenBox(Broken):
+    """With continuous actions."""
+
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+
+
+class BrokenObsBox(ConstantBox):
+    """Observations that turn NaN after 70 steps."""
+
+    count = 0
+
+    def step(self, action):
+        self.count += 1
+        obs, *rest = super().step(action)
+        return obs * np.float32(np.nan if self.count > 70 else 1), *rest
+
+
+class ImagesBox(Images):
+    """Images and continuous actions."""
+
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+
+
 class WornOut(Constant):
     """Raises at its 100th step."""
 
@@ -212,6 +235,9 @@ CLASSES = (
     RareReward,
     Images,
     Broken,
+    BrokenBox,
+    BrokenObsBox,
+    ImagesBox,
     WornOut,
     Slow,
 )
