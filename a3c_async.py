@@ -91,6 +91,12 @@ def check(args: Args):
     """Raises UserError for flags that contradict each other."""
     if args.device == "cuda":
         raise UserError("a3c_async.py keeps its networks in memory that all workers share; use --device cpu.")
+    if args.vectorization == "async":
+        raise UserError("--vectorization async: the workers are processes already; give more --num-workers.")
+    if args.slow_worker >= args.worker_timeout:
+        raise UserError("--slow-worker must be below --worker-timeout, or worker 0 is replaced for ever.")
+    if args.update == "pooled" and args.batch_size > args.total_timesteps:
+        raise UserError("--batch-size must not exceed --total-timesteps: nothing would be learned.")
     if args.network == "shared" and args.critic_lr is not None:
         raise UserError(
             "--critic-lr needs a critic of its own; with --network shared, use --actor-lr and --value-coef."
@@ -299,10 +305,14 @@ def loss_fn(agent, obs, actions, rewards, terminated, done, args):
     return actor_loss + args.value_coef * critic_loss, logged.detach()  # (6)
 
 
-def gradient_step(loss, agent, shared_agent, optimizer, max_grad_norm):
-    """One step of the shared parameters along the gradient of `agent`, a worker's own copy of them."""
-    agent.zero_grad()  # the copy's: whoever clears only the shared ones hands over the sum of all gradients so far
+def backward(loss, agent):
+    """The gradient of a worker's own copy. Cleared here: clearing only the shared one would sum up all gradients."""
+    agent.zero_grad()
     loss.backward()
+
+
+def gradient_step(agent, shared_agent, optimizer, max_grad_norm):
+    """One step of the shared parameters along the gradient of a worker's own copy."""
     for shared_param, param in zip(shared_agent.parameters(), agent.parameters()):
         shared_param.grad = param.grad
     if max_grad_norm < math.inf:
@@ -346,7 +356,8 @@ def work(worker: Worker, args: Args, start: int, shared_agent: ActorCritic, snap
     seed = env_seed(args.seed, start, worker.index, worker.life)
     torch.manual_seed(seed)
     T, N = args.num_steps, envs_of_a_worker(args)
-    envs = make_envs(args, N)
+    envs = worker.owns(make_envs(args, N))
+    worker.beat()
     space, action_space = envs.single_observation_space, envs.single_action_space
     agent = ActorCritic(space, action_space, args)
 
@@ -398,9 +409,10 @@ def work(worker: Worker, args: Args, start: int, shared_agent: ActorCritic, snap
             continue
         decay_learning_rates(optimizer, int(counts[STEPS].sum()), args)
         loss, logged = loss_fn(agent, *map(torch.from_numpy, rollout.values()), args)
+        backward(loss, agent)
         lag = int(counts[UPDATES].sum()) - version  # updates of others since this worker pulled
         if args.max_lag is None or lag <= args.max_lag:
-            gradient_step(loss, agent, shared_agent, optimizer, args.max_grad_norm)
+            gradient_step(agent, shared_agent, optimizer, args.max_grad_norm)
             counts[UPDATES, worker.index] += 1
         worker.send(**handed, lag=lag, logged=logged)
         counts[STEPS, worker.index] += steps
@@ -414,6 +426,7 @@ def train(args: Args) -> dict:
     run = Run(args, __file__)
     args = run.args
     check(args)
+    args.num_envs, args.envs_per_worker = None, envs_of_a_worker(args)  # one of the two, for --resume
     envs = make_envs(args, 1)  # for its spaces; the workers have their own
     space, action_space = envs.single_observation_space, envs.single_action_space
     envs.close()
@@ -457,14 +470,16 @@ def train(args: Args) -> dict:
                 updates, logged = int(counts[UPDATES].sum()), handed["logged"]
             else:
                 pool += [handed] if fresh else []
-                if sum(int(each["steps"]) for each in pool) < args.batch_size:
+                steps = sum(int(each["steps"]) for each in pool)
+                if steps < args.batch_size:
                     continue
                 # Learn (pooled): rollouts of whichever workers side by side, as if one had had all the environments
                 batch = [torch.from_numpy(np.concatenate([each[name] for each in pool], 1)) for name in ROLLOUT]
                 pool = []
-                decay_learning_rates(optimizer, env_steps, args)
+                decay_learning_rates(optimizer, env_steps - steps, args)
                 loss, logged = loss_fn(agent, *batch, args)
-                gradient_step(loss, agent, agent, optimizer, args.max_grad_norm)
+                backward(loss, agent)
+                gradient_step(agent, agent, optimizer, args.max_grad_norm)
                 updates += 1
                 snapshot.publish(agent, updates)
 

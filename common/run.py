@@ -208,8 +208,10 @@ class Run:
 
     def __exit__(self, kind, *_):
         self._restore_signals()
-        self.logger.close()
-        self._release(terminate=kind is not None and kind is not SystemExit)
+        try:
+            self.logger.close()
+        finally:
+            self._release(terminate=kind is not None and kind is not SystemExit)
 
     def _release(self, terminate: bool = False):
         self._parts["envs"].close(terminate=terminate)
@@ -251,7 +253,9 @@ class Run:
         raise SystemExit(128 + self._stop_signal)
 
     def _save(self):
-        self.require_finite(self.env_steps, **{f"{name}'s weights": part for name, part in self._parts.items()})
+        states = {name: own(part.state_dict()) for name, part in self._parts.items()}
+        modules = {name for name, part in self._parts.items() if isinstance(part, torch.nn.Module)}
+        self.require_finite(self.env_steps, **{f"{name}'s weights": states[name] for name in modules})
         self.logger.flush()
         save_checkpoint(
             self.dir,
@@ -261,7 +265,7 @@ class Run:
                 "updates": self.updates,
                 "seconds": self.logger.seconds(),
                 "logger": self.logger.state_dict(),
-                "parts": {name: part.state_dict() for name, part in self._parts.items()},
+                "parts": states,
             },
         )
 
@@ -279,10 +283,10 @@ class Run:
         Logger.rewind(self.dir, saved["logger"])
 
     def require_finite(self, env_steps: int, **values):
-        """Stops the run if a loss (or a module's weight) is not finite; the last good checkpoint stays."""
+        """Stops the run if a loss (or a module's state) is not finite; the last good checkpoint stays."""
         for name, value in values.items():
-            if isinstance(value, torch.nn.Module):
-                finite = all(bool(p.isfinite().all()) for p in value.parameters())
+            if isinstance(value, dict):
+                finite = all(bool(p.isfinite().all()) for p in value.values())
             else:
                 finite = not isinstance(value, (torch.Tensor, np.floating)) or math.isfinite(value.item())
             if not finite:
@@ -325,6 +329,7 @@ class Run:
             "train_return_mean": self.logger.recent_return(),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         } | extra
+        results = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}
         write_json(self.dir / "results.json", results)
         folder = shlex.quote(str(self.dir))
         play = f"python -m common.evaluate {folder} --video"
@@ -332,7 +337,7 @@ class Run:
             absolute = shlex.quote(str(self.dir.resolve()))
             play = f"(cd {shlex.quote(str(ROOT))} && python -m common.evaluate {absolute} --video)"
         print(
-            f"greedy return {results['eval_return_mean']:.1f} ± {results['eval_return_std']:.1f} "
+            f"greedy return {np.mean(returns):.1f} ± {np.std(returns):.1f} "
             f"over {len(returns)} episodes of {self.args.env_id}\n"
             f"after {env_steps:,} environment steps in {seconds / 60:.1f} minutes ({results['sps']:,.0f} steps/s), "
             f"run folder {self.dir}\n"
@@ -349,6 +354,15 @@ def require_compiler(device: torch.device):
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"--compile needs what torch.compile needs, a C++ compiler above all: {reason}") from None
+
+
+def own(state):
+    """The same nested state, with copies of the tensors that other processes may be changing while it is saved."""
+    if isinstance(state, torch.Tensor):
+        return state.clone() if state.is_shared() else state
+    if isinstance(state, dict):
+        return {name: own(value) for name, value in state.items()}
+    return [own(value) for value in state] if isinstance(state, list) else state
 
 
 def kind_of(state: dict):

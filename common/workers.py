@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from multiprocessing import resource_tracker
 
 import numpy as np
@@ -40,25 +40,33 @@ class Mailbox:
     """
 
     def __init__(self, fields: dict[str, tuple], size: int = 2):
-        self._rings = {name: shared((size, *shape), dtype) for name, (shape, dtype) in fields.items()}
-        self._sent, self._received = shared((1,), np.int64), shared((1,), np.int64)
+        self._dtype = np.dtype([(name, dtype, shape) for name, (shape, dtype) in fields.items()], align=True)
+        self._records = shared((size * self._dtype.itemsize,), np.uint8)
+        self._counters = shared((2,), np.int64)  # records sent, records received
         self._size = size
 
+    def _record(self, number: int) -> np.ndarray:
+        return self._records.numpy().view(self._dtype)[number % self._size]
+
     def is_full(self) -> bool:
-        return int(self._sent) - int(self._received) >= self._size
+        sent, received = self._counters.tolist()
+        return sent - received >= self._size
 
     def put(self, **record):
         """Copies a record into the ring, which must not be full."""
-        for name, ring in self._rings.items():
-            ring[int(self._sent) % self._size].numpy()[...] = record[name]
-        self._sent += 1
+        place = self._record(int(self._counters[0]))
+        for name in self._dtype.names:
+            place[name] = record[name]
+        self._counters[0] += 1
 
     def take(self) -> dict[str, np.ndarray] | None:
         """The oldest record, if there is one."""
-        if int(self._sent) == int(self._received):
+        sent, received = self._counters.tolist()
+        if sent == received:
             return None
-        record = {name: ring[int(self._received) % self._size].numpy().copy() for name, ring in self._rings.items()}
-        self._received += 1
+        place = self._record(received)
+        record = {name: np.array(place[name]) for name in self._dtype.names}
+        self._counters[1] += 1
         return record
 
 
@@ -101,12 +109,17 @@ class Worker:
     def __init__(self, index: int, life: int, mailbox: Mailbox, beats: torch.Tensor, errors: torch.Tensor):
         self.index, self.life = index, life  # life: how many there were before it in its place
         self._mailbox, self._beats, self._errors = mailbox, beats, errors
-        self._parent = os.getpid()
+        self._parent, self._owned = os.getpid(), []
+
+    def owns(self, thing):
+        """Gives `thing` back; its close() will be called when the worker ends, unless it is killed."""
+        self._owned.append(thing)
+        return thing
 
     def beat(self):
         """Says that it is alive; ends the process if there is no main process any more."""
         if os.getppid() != self._parent:
-            os._exit(1)
+            sys.exit()
         self._beats[self.index] = time.monotonic()
 
     def send(self, **record):
@@ -118,16 +131,22 @@ class Worker:
         self.beat()
 
     def run(self, target, args: tuple):
-        """The process: until it is killed, or `target` fails."""
+        """The process: until it is told to end, or `target` fails."""
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a stopped one outlives its parent
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         torch.set_num_threads(1)
         try:
             target(self, *args)
+        except SystemExit:
+            pass
         except BaseException:
             text = traceback.format_exc().encode()[-self._errors.shape[1] :]
             self._errors[self.index, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            os._exit(1)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for thing in self._owned:
+            thing.close()
+        os._exit(1)
 
 
 class Lags:
@@ -182,9 +201,10 @@ class Workers:
         self._beats, self._errors = shared((num,), np.float64), shared((num, 8192), np.uint8)
         self._processes, self._lives = [None] * num, [0] * num
         self._started = [0.0] * num
-        self._failures = deque(maxlen=max(2, num))  # (time, traceback) of the last workers that raised
-        self._next_watch, self._turn = 0.0, 0
-        self.replaced = 0
+        self._failures = {}  # worker -> time and traceback of the last time that it raised
+        self._stillborn = 0  # workers in a row that died before they began
+        self._last_watch = self._woken = time.monotonic()
+        self._turn = self.replaced = 0
 
     def start(self, *args):
         """`args` go to the target behind its Worker; tensors among them should be shared."""
@@ -220,34 +240,48 @@ class Workers:
         Looks ten times a second, so that it can be called at every turn.
         """
         now = time.monotonic()
-        if now < self._next_watch:
+        if now - self._last_watch < 0.1:
             return
-        self._next_watch = now + 0.1
+        if now - self._last_watch > 1:  # this process was stopped, or busy: perhaps the workers were, too
+            self._woken = now
+        self._last_watch = now
         for index, process in enumerate(self._processes):
             beat = float(self._beats[index])
-            silent, allowed = (now - beat, self._timeout) if beat else (now - self._started[index], STARTUP)
+            allowed = self._timeout if beat else max(self._timeout, STARTUP)
+            if beat:
+                self._stillborn = 0
             if process.exitcode is not None:
                 self._replace(index, self._cause(index, process.exitcode))
-            elif silent > allowed:
+            elif now - max(beat or self._started[index], self._woken) > allowed:
                 self._replace(index, f"gave no sign of life for {allowed:g} seconds")
 
     def _cause(self, index: int, exitcode: int) -> str:
+        """Why a worker died; raises UserError if all of them die of it."""
+        num, now = len(self._processes), time.monotonic()
         text = bytes(self._errors[index].numpy()).rstrip(b"\0").decode(errors="replace")
-        if not text:
-            killed = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exited with {exitcode}"
-            return killed + (" (out of memory?)" if exitcode == -signal.SIGKILL else "")
-        now, frames = time.monotonic(), text.rpartition("\n  ")[0]  # without the message, which may hold numbers
-        self._failures.append((now, frames))
-        alike = len(self._failures) == self._failures.maxlen and len({frames for _, frames in self._failures}) == 1
-        if alike and now - self._failures[0][0] < STARTUP:
-            raise UserError(f"every worker fails in the same place:\n{text}")
-        return f"failed:\n{text}"
+        if text:
+            frames = text.rpartition("\n  ")[0]  # without the message, which may hold numbers
+            again = self._failures.get(index, (0, ""))[1] == frames
+            self._failures[index] = now, frames
+            recent = {frames for when, frames in self._failures.values() if now - when < STARTUP}
+            if len(self._failures) == num and len(recent) == 1 and (num > 1 or again):
+                raise UserError(f"every worker fails in the same place:\n{text}")
+            return f"failed:\n{text}"
+        killed = f"was killed by signal {-exitcode}" if exitcode < 0 else f"exited with {exitcode}"
+        if exitcode == -signal.SIGKILL:
+            killed += ", SIGKILL (out of memory?)"
+        self._stillborn += not self._beats[index]
+        if self._stillborn >= max(2, num):
+            raise UserError(
+                f"workers die before they begin; the last {killed}. A program of your own that calls train() must do so "
+                'behind `if __name__ == "__main__":`, since every worker imports it.'
+            )
+        return killed
 
     def _replace(self, index: int, cause: str):
         process = self._processes[index]
         name = f"worker {index} (process {process.pid})"
-        process.kill()
-        process.join()
+        end([process])
         self.replaced += 1
         if self.replaced > MAX_REPLACED:
             raise UserError(f"{MAX_REPLACED} workers have been replaced; the last, {name}, {cause}")
@@ -255,11 +289,8 @@ class Workers:
         self._start(index)
 
     def close(self, terminate: bool = False):
-        """Ends all processes. They hold nothing that would want a farewell."""
-        for process in filter(None, self._processes):
-            process.kill()
-        for process in filter(None, self._processes):
-            process.join()
+        """Ends all processes."""
+        end([process for process in self._processes if process is not None])
         self._processes = [None] * len(self._processes)
 
     def state_dict(self) -> dict:
@@ -267,3 +298,14 @@ class Workers:
 
     def load_state_dict(self, state: dict):
         pass
+
+
+def end(processes: list):
+    """Lets processes close what they own, and kills those that have not ended a second later."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + 1
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()

@@ -16,7 +16,7 @@ from typing import Literal
 import tyro
 from runs import ROOT, mean_std, run_all
 
-LUNAR = "--env-id LunarLander-v3 --num-envs 8 --num-steps 5 --actor-lr 5e-4 --critic-lr 3e-3 --ent-coef 0.05 --total-timesteps 2000000"
+LUNAR = "--env-id LunarLander-v3 --optimizer adam --num-envs 8 --num-steps 5 --actor-lr 5e-4 --critic-lr 3e-3 --ent-coef 0.05 --total-timesteps 2000000"
 SAME = "--total-timesteps 100000 --learning-starts 10000 --num-threads 1"  # for both of the scripts compared
 LAGGARDS = [f"--num-workers {num}" for num in (1, 2, 4, 8)]  # without, then with a slow one among four
 LAGGARDS += [f"--slow-worker {flags}" for flags in ("0.01", "0.1", "1", "0.1 --max-lag 8")]

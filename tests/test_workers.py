@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +126,34 @@ def raise_in_life(worker, lives):
     count(worker)
 
 
+def raise_in_lives_of_1(worker):
+    if worker.index == 1 and worker.life < 4:
+        worker.beat()
+        raise ValueError(f"broken in life {worker.life}")
+    count(worker)
+
+
+class Child:
+    """What an environment may have started."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(["sleep", "1000"])
+
+    def close(self):
+        self.process.kill()
+
+
+def own_a_process(worker):
+    child = worker.owns(Child())
+    worker.beat()
+    while True:
+        worker.send(number=[worker.index, worker.life, child.process.pid])
+
+
+def abort(worker):
+    os.abort()
+
+
 def hang_in_first_life(worker):
     worker.send(number=[worker.index, worker.life, 0])
     if worker.life == 0:
@@ -163,16 +193,15 @@ def test_a_killed_worker_is_replaced_in_its_place(start, capsys, number):
     os.kill(workers._processes[1].pid, number)
     lives_until(workers, 1, 1)
     assert workers.replaced == 1 and {receive(workers)["number"][0] for _ in range(20)} == {0, 1}
-    assert f"was killed by {signal.Signals(number).name}" in capsys.readouterr().err
+    assert f"was killed by signal {number}" in capsys.readouterr().err
 
 
 def test_a_worker_that_raises_is_replaced_and_its_traceback_shown(start, capsys):
-    workers = start(raise_in_life, [0], num=3)
-    workers._failures.append((0.0, "another place"))  # so that three alike are not yet all
-    workers._failures = type(workers._failures)(workers._failures, maxlen=10)
-    lives_until(workers, 1, 1)
+    workers = start(raise_in_lives_of_1, num=3)
+    lives_until(workers, 4, 1)
     err = capsys.readouterr().err
-    assert "worker 1" in err and "ValueError: broken in life 0" in err and "raise_in_life" in err
+    assert "worker 1" in err and "ValueError: broken in life 0" in err and "raise_in_lives_of_1" in err
+    assert workers.replaced == 4  # the others go on, so it is not everybody's fault
 
 
 def test_a_fault_that_all_workers_hit_ends_with_its_traceback(start):
@@ -206,10 +235,46 @@ def test_a_worker_that_waits_for_the_main_process_does_not_hang(start):
 def test_replacing_has_an_end(start, monkeypatch):
     monkeypatch.setattr(workers_module, "MAX_REPLACED", 1)
     workers = start(count)
-    with pytest.raises(UserError, match="1 workers have been replaced; the last, worker . .* was killed by SIGKILL"):
+    with pytest.raises(UserError, match="1 workers have been replaced; the last, worker . .* was killed by signal 9"):
         for life in (0, 1, 2):
             lives_until(workers, life, 0)
             os.kill(workers._processes[0].pid, signal.SIGKILL)
+
+
+def test_workers_that_die_before_they_begin_end_the_run(start):
+    workers = start(abort, num=2)
+    with pytest.raises(UserError, match="workers die before they begin; the last was killed by signal 6"):
+        lives_until(workers, 9, 0)
+    assert workers.replaced <= 2
+
+
+def test_what_a_worker_owns_is_closed(start):
+    workers = start(own_a_process)
+    pids = set()
+    while len(pids) < 2:
+        pids.add(int(receive(workers)["number"][2]))
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    workers.close()
+    end = time.time() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.time() < end, "left behind"
+        time.sleep(0.01)
+
+
+def test_time_in_which_the_main_process_was_stopped_does_not_count(start):
+    workers = start(count, timeout=2.0)
+    lives_until(workers, 0, 0)
+    lives_until(workers, 0, 1)
+    pids = [process.pid for process in workers._processes]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(2.5)  # all stopped, as by Ctrl-Z
+    workers.watch()
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    for _ in range(100):
+        receive(workers)
+    assert workers.replaced == 0
 
 
 def test_close_ends_even_a_stopped_worker(start):
