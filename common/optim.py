@@ -35,6 +35,8 @@ class RMSpropA3C(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             grads = [p.grad for p in params]
             square_avgs = [self.state[p]["square_avg"] for p in params]
             torch._foreach_mul_(square_avgs, group["alpha"])

@@ -227,10 +227,11 @@ def test_each_networks_gradient_is_clipped_on_its_own():
     torch.testing.assert_close(b.detach(), -torch.tensor([0.1, 0.2]))
 
 
-def test_a_network_without_gradient_is_passed_over():
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, a2c_sync.Adam, a2c_sync.RMSpropA3C])
+def test_a_network_without_gradient_is_passed_over(optimizer):
     a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
-    a2c_sync.gradient_step(torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0), a.sum(), 0.5)
-    assert (a.item(), b.item()) == (pytest.approx(-0.5), 0.0)
+    a2c_sync.gradient_step(optimizer([{"params": [a]}, {"params": [b]}], lr=1.0), a.sum(), 0.5)
+    assert a.item() < -0.4 and b.item() == 0
 
 
 def test_gradients_do_not_pile_up():

@@ -17,7 +17,7 @@ from helpers import checkpoint, children, metrics
 
 import a2c_sync
 import a3c_async
-from a3c_async import UPDATES, ActorCritic, Args, gradient_step, loss_fn, train
+from a3c_async import STEPS, UPDATES, ActorCritic, Args, gradient_step, loss_fn, train
 from common.envs import make_envs
 from common.errors import UserError
 from common.optim import RMSpropA3C
@@ -156,7 +156,7 @@ class Scripted:
         self.beats += 1
 
     def send(self, **record):
-        self.sent.append({name: np.array(torch.as_tensor(value)) for name, value in record.items()})
+        self.sent.append({name: torch.as_tensor(value).numpy().copy() for name, value in record.items()})
         if len(self.sent) == self.records:
             raise EndOfScript
 
@@ -165,15 +165,17 @@ class EndOfScript(Exception):
     pass
 
 
-def scripted(update, on_beat, records, **flags):
+def scripted(update, on_beat, records, index=0, life=0, start=0, **flags):
+    """What work() hands over, the shared agent, the counts and the optimizer, after so many records."""
     args = Args(update=update, num_steps=4, total_timesteps=10**6, **flags)
     agent = make_agent().share_memory()
     optimizer, snapshot = RMSpropA3C([{"params": list(agent.parameters())}]), Snapshot(agent)
     counts = shared((2, 2), np.int64)
     worker = Scripted(lambda beat: on_beat(beat, agent, snapshot, counts), records)
+    worker.index, worker.life = index, life
     with pytest.raises(EndOfScript):
-        a3c_async.work(worker, args, 0, agent, snapshot, optimizer, counts)
-    return worker.sent, agent, counts
+        a3c_async.work(worker, args, start, agent, snapshot, optimizer, counts)
+    return worker.sent, optimizer, counts
 
 
 def test_pooled_transitions_know_the_version_that_made_them():
@@ -194,6 +196,49 @@ def test_hogwild_lag_is_the_updates_of_others_since_the_pull():
     sent, _, counts = scripted("hogwild", others, 4)
     assert [int(record["lag"]) for record in sent] == [3, 0, 5, 0]
     assert counts[UPDATES].tolist() == [4, 8]
+
+
+def test_workers_lives_and_resumed_runs_have_noise_of_their_own():
+    found = []
+    for index, life, start in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 100)):
+        torch.manual_seed(0)  # the same networks
+        records, _, _ = scripted("pooled", lambda *_: None, 5, index=index, life=life, start=start)
+        found.append((np.concatenate([r["actions"] for r in records]).tolist(), records[0]["obs"][0].tolist()))
+    assert found[0] == found[1]
+    for i in range(1, 5):
+        for j in range(i + 1, 5):
+            assert found[i][0] != found[j][0] and found[i][1] != found[j][1]
+
+
+def test_hogwild_workers_lower_their_learning_rates():
+    def others(beat, agent, snapshot, counts):
+        counts[STEPS, 1] = 750_000  # of a million
+
+    flags = {"actor_lr": 1e-3, "critic_lr": 1e-2}
+    for decay, share in ((True, 0.25), (False, 1.0)):
+        _, optimizer, _ = scripted("hogwild", others, 2, lr_decay=decay, **flags)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([1e-3 * share, 1e-2 * share], rel=1e-3)
+
+
+def test_pooled_learning_rates(workdir):
+    for decay in (True, False):
+        run(run_dir=str(decay), lr_decay=decay, actor_lr=1e-3, critic_lr=1e-2)
+        rates = [group["lr"] for group in checkpoint(str(decay))["parts"]["optimizer"]["param_groups"]]
+        if decay:
+            assert 0 < rates[0] < 1e-4 and rates[1] == pytest.approx(10 * rates[0])
+        else:
+            assert rates == [1e-3, 1e-2]
+
+
+def test_a_resumed_run_acts_with_the_parameters_it_resumes(workdir, monkeypatch):
+    before = run()
+    calls, publish, begin = [], Snapshot.publish, a3c_async.Workers.start
+    monkeypatch.setattr(Snapshot, "publish", lambda s, m, version: calls.append(version) or publish(s, m, version))
+    monkeypatch.setattr(a3c_async.Workers, "start", lambda w, *args: calls.append("start") or begin(w, *args))
+    end = train(Args(resume="run", total_timesteps=900))
+    assert calls[:3] == [before["updates"], "start", before["updates"] + 1]
+    assert end["lag_max"] < before["updates"]
 
 
 def test_hogwild_drops_what_is_too_old():
