@@ -169,7 +169,8 @@ def scripted(update, on_beat, records, index=0, life=0, start=0, **flags):
     """What work() hands over, the shared agent, the counts and the optimizer, after so many records."""
     args = Args(update=update, num_steps=4, total_timesteps=10**6, **flags)
     agent = make_agent().share_memory()
-    optimizer, snapshot = RMSpropA3C([{"params": list(agent.parameters())}]), Snapshot(agent)
+    groups = [{"params": list(network.parameters())} for network in (agent.actor, agent.critic)]
+    optimizer, snapshot = RMSpropA3C(groups), Snapshot(agent)
     counts = shared((2, 2), np.int64)
     worker = Scripted(lambda beat: on_beat(beat, agent, snapshot, counts), records)
     worker.index, worker.life = index, life
