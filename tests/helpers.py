@@ -63,13 +63,13 @@ def record_initial_weights(monkeypatch, script):
 
 
 def children(parent):
-    """Ids of the live child processes of a process, multiprocessing's own resource tracker left out."""
+    """Ids of the live worker processes that a process has spawned; multiprocessing's own servers left out."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields, command = stat.read_text().rpartition(")")[2].split(), (stat.parent / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(fields[1]) == parent and fields[0] != "Z" and b"resource_tracker" not in command:
+        if int(fields[1]) == parent and fields[0] != "Z" and b"spawn_main" in command:
             found.append(int(stat.parent.name))
     return found
