@@ -20,7 +20,7 @@ by --max-lag. Equations as in a2c_sync.py:
 γ --gamma, λ --gae-lambda (1: n-step returns), β --ent-coef, c --value-coef. (1)-(3): arXiv 1506.02438 eq. 11-16.
 
     python a3c_async.py
-    python a3c_async.py --env-id ALE/Pong-v5 --network shared --update hogwild --num-steps 20
+    python a3c_async.py --env-id ALE/Pong-v5 --network shared --update hogwild --num-steps 20 --actor-lr 7e-4
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP): it is not a transition, and
 `valid` keeps it out of losses and counts. In return every obs[t + 1] is the true successor of obs[t].
