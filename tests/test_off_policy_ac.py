@@ -327,6 +327,25 @@ def test_importance_weights_by_hand():
     assert not weights.requires_grad
 
 
+def test_importance_weights_are_clipped_at_ten_by_default():
+    weights = importance_weights(torch.tensor([0.9, 0.5]).log(), torch.tensor([1e-6, 0.1]).log())
+    torch.testing.assert_close(weights, torch.tensor([10.0, 5.0]))
+
+
+@pytest.mark.parametrize("K", [2, 5])
+def test_the_actor_learns_from_k_samples(workdir, monkeypatch, K):
+    shapes = set()
+    monkeypatch.setattr(off_policy_ac, "actor_loss_fn", lambda *x: shapes.add(tuple(x[1].shape)) or actor_loss_fn(*x))
+    run(num_action_samples=K, total_timesteps=60)
+    assert shapes == {(K, SHORT["batch_size"])}
+
+
+def test_what_is_not_finite_is_not_stored(workdir):
+    with pytest.raises(UserError, match="observation is not finite"):
+        run(env_id="toy_envs:BrokenObsBox-v0", checkpoint_every=20)
+    assert checkpoint("run")["parts"]["buffer"]["fields"]["next_obs"].isfinite().all()
+
+
 def test_polyak_average_by_hand():
     target, source = nn.Linear(1, 1), nn.Linear(1, 1)
     a, b = target.weight.item(), source.weight.item()
