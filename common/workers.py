@@ -242,7 +242,7 @@ class Workers:
         now = time.monotonic()
         if now - self._last_watch < 0.1:
             return
-        if now - self._last_watch > 1:  # this process was stopped, or busy: perhaps the workers were, too
+        if now - self._last_watch > self._timeout / 2:  # this process was stopped: perhaps the workers were, too
             self._woken = now
         self._last_watch = now
         for index, process in enumerate(self._processes):

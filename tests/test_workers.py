@@ -277,6 +277,18 @@ def test_time_in_which_the_main_process_was_stopped_does_not_count(start):
     assert workers.replaced == 0
 
 
+def test_a_busy_main_process_still_notices_who_hangs(start):
+    workers = start(count, timeout=3.0)
+    lives_until(workers, 0, 0)
+    lives_until(workers, 0, 1)
+    os.kill(workers._processes[0].pid, signal.SIGSTOP)
+    for _ in range(4):
+        time.sleep(1.2)  # an update that takes so long
+        receive(workers)
+        workers.watch()
+    assert workers.replaced == 1
+
+
 def test_close_ends_even_a_stopped_worker(start):
     workers = start(count)
     lives_until(workers, 0, 0)
