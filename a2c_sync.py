@@ -14,7 +14,7 @@ critic, actor; by two separate networks (D1) or two heads of a shared trunk (D2)
 γ --gamma, λ --gae-lambda (1: n-step returns), β --ent-coef, c --value-coef. (1)-(3): arXiv 1506.02438 eq. 11-16.
 
     python a2c_sync.py                                          CartPole-v1: greedy return 500 in half a minute
-    python a2c_sync.py --env-id LunarLander-v3 --optimizer adam --num-envs 8 --num-steps 5 --actor-lr 5e-4 --ent-coef 0.05
+    python a2c_sync.py --env-id Acrobot-v1 --total-timesteps 200000       greedy return -84
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP): it is not a transition, and
 `valid` keeps it out of losses and counts. In return every obs[t + 1] is the true successor of obs[t].

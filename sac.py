@@ -277,6 +277,8 @@ def train(args: Args) -> dict:
     run = Run(args, __file__)
     args, device = run.args, run.device
     check(args)
+    if args.compile:
+        require_compiler(device)
     envs = make_envs(args)
     if not isinstance(envs.single_action_space, gym.spaces.Box):
         envs.close()
@@ -349,7 +351,6 @@ def train(args: Args) -> dict:
         }  # fmt: skip
 
     if args.compile:
-        require_compiler(device)
         graphs = {"triton.cudagraphs": True} if device.type == "cuda" else {}
         learn = torch.compile(learn, options={"fallback_random": True} | graphs)
 

@@ -1,7 +1,7 @@
 """Speed of the scripts next to Stable-Baselines3's, or to plainer code, measured in turn in one run:
 
     pip install -e ".[bench]"
-    python experiments/speed.py                  all parts, about ten minutes
+    python experiments/speed.py                  all parts
     python experiments/speed.py --part equal     a2c_sync.py, CartPole-v1, the same settings for both: steps per second
     python experiments/speed.py --part native    a2c_sync.py, 256 environments of gymnasium's native vector kind
     python experiments/speed.py --part solve     a2c_sync.py, seconds until 100 episodes have a mean return of 475
@@ -333,7 +333,7 @@ def workers(options: Options):
 def race(options: Options):
     print(f"Four environments, seconds to a mean training return of 475 over 100 episodes, seeds 1 to {options.seeds}")
     sides = {
-        "a2c_sync.py": ("a2c_sync.py", "--num-envs 4 --optimizer rmsprop"),
+        "a2c_sync.py": ("a2c_sync.py", "--num-envs 4"),
         "a3c_async.py, pooled": ("a3c_async.py", "--num-envs 4 --update pooled"),
         "a3c_async.py, hogwild": ("a3c_async.py", "--num-envs 4 --update hogwild"),
     }
