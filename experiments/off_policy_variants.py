@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from runs import ROOT, mean_std, run_all
+from runs import ROOT, mean_std, run_all, variant
 
 TASKS = {  # flags, and the training return that counts as solved
     "CartPole-v1": ("", 475),
@@ -33,6 +33,13 @@ VARIANTS = {
     "K = 2": "--num-action-samples 2",
     "no entropy bonus": "--ent-coef 0",
     "no target network": "--tau 1",
+    "constant learning rates": "--no-lr-decay",
+    "64 units": "",
+}
+NARROW = {
+    "num_features = 256": "num_features = 64",
+    "nn.Linear(num_inputs, 256)": "nn.Linear(num_inputs, 64)",
+    "nn.Linear(256, 256)": "nn.Linear(64, 64)",
 }
 
 
@@ -63,8 +70,10 @@ def main(options: Options):
         for name, extra in VARIANTS.items():
             if (options.only or "") not in name or (name == A2C and task != "CartPole-v1"):
                 continue
-            script = ROOT / ("a2c_sync.py" if name == A2C else "off_policy_ac.py")
             out = Path(options.out).absolute() / f"{task}__{folder(name)}"
+            script = ROOT / ("a2c_sync.py" if name == A2C else "off_policy_ac.py")
+            if name == "64 units":
+                script = variant(out.parent, "off_policy_ac", "narrow", NARROW)
             jobs = [
                 (script, f"{flags} {extra}", seed, Path(f"{out}__{seed}"), threshold, 20)
                 for seed in range(1, options.seeds + 1)
