@@ -39,7 +39,7 @@ TABLES = {  # row: script, flags, seeds
         for flags in LAGGARDS
     },
     "sac": {
-        "Pendulum-v1": ("sac.py", "--total-timesteps 10000", 5),
+        "Pendulum-v1": ("sac.py", "--total-timesteps 10000 --num-threads 1", 5),
         "HalfCheetah-v5": ("sac.py", f"--env-id HalfCheetah-v5 {OURS}", 3),
         "HalfCheetah-v5 Stable-Baselines3": ("experiments/sb3_sac.py", f"--env-id HalfCheetah-v5 {SAME}", 3),
         "Hopper-v5": ("sac.py", f"--env-id Hopper-v5 {OURS}", 3),
