@@ -16,6 +16,14 @@ the policy gradient takes fresh actions, too (D11). Three actions, three names: 
 --critic v fits V to the actions of older policies (D9a); --actor-actions buffer takes those for the policy's own (D9b);
 --actor-actions importance weighs them by (4) instead (D12); --baseline none is plain Q, b = 0 (D13).
 
+Beyond the lecture it needs, with the greedy return without each (mean of seeds 1-3; with all: 500 and -141):
+
+                                                  CartPole-v1    Pendulum-v1
+    the baseline (3); without it still K = 8              393          -1186
+    the entropy bonus in (5)                              396           -139
+    the target network (6), --tau                         435           -141
+    256 units a layer; 64 instead                         392           -139
+
     python off_policy_ac.py                                 CartPole-v1: greedy return 500 in three minutes
     python off_policy_ac.py --env-id Pendulum-v1 --total-timesteps 15000
 
