@@ -39,7 +39,7 @@ def main(options: Options):
     groups = {}
     for run_dir in map(Path, options.run_dirs):
         groups.setdefault(run_dir.name.rpartition("__")[0] or run_dir.name, []).append(returns(run_dir))
-    figure, axes = plt.subplots(figsize=(6, 3.5))
+    figure, axes = plt.subplots(figsize=(6, 3.2 + 0.25 * len(groups)))
     for name, runs in groups.items():
         edges = np.linspace(0, max(steps[-1] for steps, _ in runs), options.points + 1)
         curves = np.full((len(runs), options.points), np.nan)
@@ -50,12 +50,13 @@ def main(options: Options):
         filled = ~np.isnan(curves).all(0)
         centres, curves = ((edges[1:] + edges[:-1]) / 2)[filled], curves[:, filled]
         mean, spread = np.nanmean(curves, 0), np.nanstd(curves, 0)
-        axes.plot(centres, mean, label=f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})")
+        label = name.replace("__", ", ").replace("_", " ")
+        axes.plot(centres, mean, label=f"{label} ({len(runs)} run{'s' * (len(runs) > 1)})")
         if len(runs) > 1:
             axes.fill_between(centres, mean - spread, mean + spread, alpha=0.2)
     axes.set(xlabel="environment steps", ylabel="training return")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)  # above the curves
     figure.tight_layout()
     figure.savefig(options.out, dpi=120)
 
