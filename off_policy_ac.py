@@ -291,7 +291,8 @@ def train(args: Args) -> dict:
     args, device = run.args, run.device
     check(args)
     envs = make_envs(args)
-    agent = ActorCritic(envs.single_observation_space, envs.single_action_space, args).to(device)
+    space, action_space = envs.single_observation_space, envs.single_action_space
+    agent = ActorCritic(space, action_space, args).to(device)
     actor, critic, target_critic = agent.actor, agent.critic, agent.target_critic
     groups = [
         {"params": list(actor.parameters()), "lr": args.actor_lr},
@@ -300,7 +301,6 @@ def train(args: Args) -> dict:
     learning_rates = [group["lr"] for group in groups]
     optimizer = Adam(groups)
 
-    space, action_space = envs.single_observation_space, envs.single_action_space
     buffer = RingBuffer(
         args.buffer_size,
         {

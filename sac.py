@@ -283,7 +283,8 @@ def train(args: Args) -> dict:
     if not isinstance(envs.single_action_space, gym.spaces.Box):
         envs.close()
         raise UserError(f"sac.py needs continuous actions; for those of {args.env_id} use off_policy_ac.py.")
-    agent = ActorCritic(envs.single_observation_space, envs.single_action_space, args).to(device)
+    space, action_space = envs.single_observation_space, envs.single_action_space
+    agent = ActorCritic(space, action_space, args).to(device)
     actor, critics, target_critics, log_alpha = agent.actor, agent.critics, agent.target_critics, agent.log_alpha
     groups = [
         {"params": list(actor.parameters()), "lr": args.actor_lr},
@@ -296,7 +297,6 @@ def train(args: Args) -> dict:
     for frozen_param, param in zip(frozen_critics.parameters(), critics.parameters()):  # gradient flows through the
         frozen_param.data = param.data  # critics, but not into them
 
-    space, action_space = envs.single_observation_space, envs.single_action_space
     buffer = RingBuffer(
         args.buffer_size,
         {
