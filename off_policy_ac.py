@@ -224,6 +224,9 @@ class Critic(nn.Module):
         self.head = layer(nn.Linear(MLP.num_features, 1), gain=1.0)
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        if self.num_choices and actions.dim() > 1 and len(actions) > self.num_choices:  # K samples of fewer choices:
+            choices = torch.arange(self.num_choices, device=obs.device).view(-1, 1).expand(-1, len(obs))
+            return self(obs, choices).gather(0, actions)  # one Q each
         # What the environment sees of an action: one of its choices, or a vector clipped to the bounds
         actions = F.one_hot(actions, self.num_choices).float() if self.num_choices else actions.clamp(-1, 1)
         features = self.encoder(obs).expand(*actions.shape[:-1], -1)  # K actions share the features of their state

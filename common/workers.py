@@ -135,6 +135,7 @@ class Worker:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a stopped one outlives its parent
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        torch.set_flush_denormal(True)
         torch.set_num_threads(1)
         try:
             target(self, *args)

@@ -163,8 +163,9 @@ def solve(options: Options):
         print(f"  ratio of the means {share:.2f}", flush=True)
 
 
-# The same algorithm as one would first write it: a loop over the K samples, an optimizer for each network
+# The same algorithm as one would first write it: a loop over the K samples, an optimizer for each network, and torch as it is
 PLAIN = {
+    "    check(args)\n": "    check(args)\n    torch.set_flush_denormal(False)\n",
     """        with torch.no_grad():
             pi_actions = policy.sample(args.num_action_samples)  # (K, B): fresh (D11), without the simulator
             pi_q = critic(batch.obs, pi_actions)

@@ -459,15 +459,15 @@ def test_cartpole_is_solved_while_fifty_workers_are_killed(workdir, update):
         nonlocal killed
         rng = random.Random(1)
         while killed < 50:
-            time.sleep(rng.uniform(0.5, 1.5))
+            time.sleep(rng.uniform(1.0, 3.0))
             if Path("run/checkpoint.pt").exists() and (victims := children(os.getpid())):
                 os.kill(victims[rng.randrange(len(victims))], signal.SIGKILL)
                 killed += 1
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    end = train(Args(run_dir="run", update=update, total_timesteps=200_000))
+    end = train(Args(run_dir="run", update=update))
     thread.join(1)
     assert killed == 50 and end["workers_replaced"] >= 45
-    assert 200_000 <= end["env_steps"] < 200_000 + 4 * 8 and sum(end["lag_histogram"].values()) == end["env_steps"]
+    assert 500_000 <= end["env_steps"] < 500_000 + 4 * 8 and sum(end["lag_histogram"].values()) == end["env_steps"]
     assert end["eval_return_mean"] >= 475

@@ -355,17 +355,21 @@ def test_polyak_average_by_hand():
     assert target.weight.item() == b and source.weight.item() == b
 
 
+@pytest.mark.parametrize("K", [2, 7])
 @pytest.mark.parametrize("space", [SPACES[1], BOX, "images"])
-def test_critic_gives_every_action_of_a_state_its_q(space):
-    """(K, B) actions for (B,) states equal K passes; shapes stay those of the actions (pitfall 8)."""
+def test_critic_gives_every_action_of_a_state_its_q(space, K):
+    """(K, B) actions for (B,) states equal K passes, three of them for three choices; shapes stay those of the actions."""
     image = space == "images"
     observation_space = gym.spaces.Box(0, 255, (4, 40, 40), np.uint8) if image else SPACES[0]
     space = SPACES[1] if image else space
     critic = Critic(observation_space, space, sees_actions=True)
     obs = torch.randint(255, (5, 4, 40, 40), dtype=torch.uint8) if image else torch.randn(5, 4)
-    actions = torch.randint(3, (7, 5)) if space is SPACES[1] else torch.randn(7, 5, 2).clamp(-1, 1)
+    actions = torch.randint(3, (K, 5)) if space is SPACES[1] else torch.randn(K, 5, 2).clamp(-1, 1)
+    rows = []
+    critic.body.register_forward_hook(lambda body, inputs, _: rows.append(inputs[0].shape[:-1]))
     together = critic(obs, actions)
-    assert together.shape == (7, 5) and critic(obs, actions[0]).shape == (5,)
+    assert rows == [(min(K, 3) if space is SPACES[1] else K, 5)]
+    assert together.shape == (K, 5) and critic(obs, actions[0]).shape == (5,)
     torch.testing.assert_close(together, torch.stack([critic(obs, a) for a in actions]))
     assert (together[0] != together[1]).any()
 

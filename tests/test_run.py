@@ -53,6 +53,14 @@ def session_members(session):
     return members
 
 
+def test_denormals_are_flushed(workdir):
+    """Adam's moments of a dead unit shrink for ever; as denormals they would make every step many times as slow."""
+    torch.set_flush_denormal(False)
+    assert torch.tensor(1e-30) * 1e-10 > 0
+    train(Args(run_dir="run", total_timesteps=100, eval_episodes=1))
+    assert torch.tensor(1e-30) * 1e-10 == 0
+
+
 # --- Exact resume -----------------------------------------------------------------------------------------------------
 
 RESUMED = {"num_envs": 4, "total_timesteps": 30_000, "checkpoint_every": 1_500, "eval_episodes": 3}

@@ -154,6 +154,12 @@ def abort(worker):
     os.abort()
 
 
+def flush(worker):
+    tiny = torch.tensor(1e-30) * 1e-10
+    worker.send(number=[worker.index, worker.life, int(tiny == 0)])
+    count(worker)
+
+
 def hang_in_first_life(worker):
     worker.send(number=[worker.index, worker.life, 0])
     if worker.life == 0:
@@ -194,6 +200,10 @@ def test_a_killed_worker_is_replaced_in_its_place(start, capsys, number):
     lives_until(workers, 1, 1)
     assert workers.replaced == 1 and {receive(workers)["number"][0] for _ in range(20)} == {0, 1}
     assert f"was killed by signal {number}" in capsys.readouterr().err
+
+
+def test_workers_flush_denormals(start):
+    assert receive(start(flush, num=1))["number"][2] == 1
 
 
 def test_a_worker_that_raises_is_replaced_and_its_traceback_shown(start, capsys):
