@@ -12,9 +12,10 @@ the policy gradient takes fresh actions, too (D11). Three actions, three names: 
     (5)  L_actor  = −mean_{s,k} log π_θ(a^π_k|s) (Q_φ(s, a^π_k) − b_k) − β mean H(π_θ(·|s))
     (6)  φ̄ ← τ φ + (1 − τ) φ̄
 
-γ --gamma, K --num-action-samples, β --ent-coef, τ --tau. The lecture's mistakes and alternatives, a flag each:
---critic v fits V to the actions of older policies (D9a); --actor-actions buffer takes those for the policy's own (D9b);
---actor-actions importance weighs them by (4) instead (D12); --baseline none is plain Q, b = 0 (D13).
+γ --gamma, K --num-action-samples, β --ent-coef, τ --tau, Q̄ an averaged copy of Q, of parameters φ̄ and φ, w_max = 10.
+The lecture's mistakes and alternatives, a flag each: --critic v fits V to the actions of older policies (D9a);
+--actor-actions buffer takes those for the policy's own (D9b); --actor-actions importance weighs them by (4) instead (D12);
+--baseline none is plain Q, b = 0 (D13).
 
 Beyond the lecture it needs, with the greedy return without each (mean of seeds 1-3; with all: 500 and -141):
 
@@ -24,7 +25,7 @@ Beyond the lecture it needs, with the greedy return without each (mean of seeds 
     the target network (6), --tau                         435           -141
     256 units a layer; 64 instead                         392           -139
 
-    python off_policy_ac.py                                 CartPole-v1: greedy return 500 in three minutes
+    python off_policy_ac.py                                 CartPole-v1: greedy return 500 in 3 to 5 minutes
     python off_policy_ac.py --env-id Pendulum-v1 --total-timesteps 15000
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP): it is not a transition, and
@@ -197,7 +198,7 @@ class Actor(nn.Module):
         num_outputs = int(action_space.n) if discrete else action_space.shape[0]
         self.encoder, num_features = make_encoder(observation_space)
         self.body = MLP(num_features)
-        self.head = layer(nn.Linear(MLP.num_features, num_outputs), gain=0.01)  # at first nearly the same in every state
+        self.head = layer(nn.Linear(MLP.num_features, num_outputs), gain=0.01)  # at first the same in every state
         self.log_std = None if discrete else nn.Parameter(torch.zeros(num_outputs))
 
     def forward(self, obs: torch.Tensor) -> Categorical | Gaussian:
@@ -376,7 +377,7 @@ def train(args: Args) -> dict:
             next_obs, rewards, terminated, truncated, infos = envs.step(actions)
 
             # Store
-            run.require_finite(env_steps, reward=rewards.sum(), observation=next_obs.sum())  # else a checkpoint has them
+            run.require_finite(env_steps, reward=rewards.sum(), observation=next_obs.sum())  # before they are saved
             buffer.add(
                 valid, obs=obs, actions=actions, old_log_probs=old_log_probs,
                 rewards=rewards, next_obs=next_obs, terminated=terminated,

@@ -8,11 +8,12 @@ Actions are a Gaussian's squashed into [-1, 1] by tanh; the environment's own bo
     (2)  log π(a|s) = Σ_dim log N(u; μ, σ) − 2 (log 2 − u − softplus(−2u))
     (3)  y = r + γ (1 − terminated) (min_i Q̄_i(s', a') − α log π(a'|s'))      a' ~ π_θ(·|s')
     (4)  L_critic = Σ_i ½ mean (Q_i(s, a) − y)²
-    (5)  L_actor = mean α log π(a^π|s) − min_i Q_i(s, a^π)                    a^π ~ π_θ(·|s)
+    (5)  L_actor = mean [α log π(a^π|s) − min_i Q_i(s, a^π)]                  a^π ~ π_θ(·|s)
     (6)  L_alpha = −log α mean (log π(a^π|s) − dim A)
     (7)  φ̄ ← τ φ + (1 − τ) φ̄
 
-γ --gamma, τ --tau, i --num-critics, α --alpha. arXiv 1812.05905: (2) eq. 26, (3) eq. 2-5, (5) eq. 9, (6) eq. 18.
+γ --gamma, τ --tau, α --alpha, Q_i one of the --num-critics, Q̄_i its averaged copy, of parameters φ and φ̄.
+arXiv 1812.05905: (2) eq. 26, (3) eq. 2-5, (5) eq. 9, (6) eq. 18.
 `--estimator score` replaces the gradient of (5) by the score function's, as in off_policy_ac.py, all else equal.
 
     python sac.py                                                  Pendulum-v1
@@ -377,10 +378,8 @@ def train(args: Args) -> dict:
             next_obs, rewards, terminated, truncated, infos = envs.step(actions)
 
             # Store
-            run.require_finite(env_steps, reward=rewards.sum(), observation=next_obs.sum())  # else a checkpoint has them
-            buffer.add(
-                valid, obs=obs, actions=actions, rewards=rewards, next_obs=next_obs, terminated=terminated
-            )  # fmt: skip
+            run.require_finite(env_steps, reward=rewards.sum(), observation=next_obs.sum())  # before they are saved
+            buffer.add(valid, obs=obs, actions=actions, rewards=rewards, next_obs=next_obs, terminated=terminated)
             new_steps = int(valid.sum())
             env_steps += new_steps
             obs, valid = next_obs, ~(terminated | truncated)  # the step after an end only resets

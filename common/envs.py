@@ -169,7 +169,7 @@ def find_spec(env_id: str):
     except ModuleNotFoundError as error:
         raise UserError(f"--env-id {env_id}: there is no package {error.name!r} to import.") from None
     except gym.error.Error:
-        near = difflib.get_close_matches(name, gym.registry, n=3)
+        near = [env_id[: -len(name)] + each for each in difflib.get_close_matches(name, gym.registry, n=3)]
         hint = f"did you mean {' or '.join(near)}?" if near else "see gymnasium.pprint_registry() for those there are."
         raise UserError(f"There is no environment {env_id!r}; {hint}") from None
 

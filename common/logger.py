@@ -43,6 +43,7 @@ class Logger:
         """Logs the episodes that gymnasium's RecordEpisodeStatistics reports as finished."""
         if "episode" not in infos:
             return
+        self.progress(env_steps)
         finished, seconds = infos["_episode"], self.seconds()
         for episodic_return, length in zip(infos["episode"]["r"][finished], infos["episode"]["l"][finished]):
             self._returns.append(float(episodic_return))
@@ -58,8 +59,11 @@ class Logger:
         self._rows.append((env_steps, seconds, "charts/SPS", env_steps / seconds))
         if self._returns:
             self._bar.set_postfix_str(f"return {self.recent_return():.1f}", refresh=False)
-        self._bar.update(env_steps - self._bar.n)
+        self.progress(env_steps)
         self._write()
+
+    def progress(self, env_steps: int):
+        self._bar.update(min(env_steps, self._bar.total) - self._bar.n)
 
     def histogram(self, env_steps: int, tag: str, counts: dict[int, int]):
         """TensorBoard's histogram of whole numbers: value -> how often; a bucket each."""

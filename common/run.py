@@ -291,8 +291,10 @@ class Run:
             else:
                 finite = not isinstance(value, (torch.Tensor, np.floating)) or math.isfinite(value.item())
             if not finite:
+                given = name in ("reward", "observation")
+                cause = "the environment gave it" if given else "a lower learning rate often helps"
                 raise UserError(
-                    f"{name} is not finite at environment step {env_steps:,} (a lower learning rate often helps); "
+                    f"{name} is not finite at environment step {env_steps:,} ({cause}); "
                     f"the last good checkpoint is in {str(self.dir)!r}."
                 )
 
@@ -304,6 +306,7 @@ class Run:
         self.env_steps, self.updates = env_steps, updates
         seconds = self.logger.seconds()
         self._save()
+        self.logger.progress(env_steps)
         self.logger.close()
         try:
             if self._stop_signal is not None:
@@ -334,9 +337,8 @@ class Run:
         write_json(self.dir / "results.json", results)
         folder = shlex.quote(str(self.dir))
         play = f"python -m common.evaluate {folder} --video"
-        if Path.cwd() != ROOT:
-            absolute = shlex.quote(str(self.dir.resolve()))
-            play = f"(cd {shlex.quote(str(ROOT))} && python -m common.evaluate {absolute} --video)"
+        if Path.cwd() != ROOT:  # here, where a package of the user's may lie
+            play = f"PYTHONPATH={shlex.quote(os.path.relpath(ROOT))}:$PYTHONPATH {play}"
         print(
             f"greedy return {np.mean(returns):.1f} ± {np.std(returns):.1f} "
             f"over {len(returns)} episodes of {self.args.env_id}\n"

@@ -8,10 +8,11 @@
     python experiments/speed.py --part replay    off_policy_ac.py, updates per second at K = 10 against plain code
     python experiments/speed.py --part buffer    the ring buffer against Stable-Baselines3's, with HalfCheetah's sizes
     python experiments/speed.py --part sac       sac.py, HalfCheetah-v5, against Stable-Baselines3's and SBX's: steps per second
+    python experiments/speed.py --part update    sac.py, where the time of a step goes: milliseconds
     python experiments/speed.py --part workers   a3c_async.py with 1, 2, 4 workers: steps per second
     python experiments/speed.py --part race      a3c_async.py and a2c_sync.py with four environments: seconds to 475
 
-Every measurement is a process of its own, with one thread except in `sac`, where each has all cores. Machines vary by the
+Every measurement is a process of its own, with one thread except in `sac` and `update`, where each has all cores. Machines vary by the
 minute: read the ratios.
 """
 
@@ -37,7 +38,7 @@ OURS_EQUAL = "--num-envs 8 --num-steps 5 --gae-lambda 1 --ent-coef 0 --optimizer
 
 @dataclass
 class Options:
-    part: Literal["all", "equal", "native", "solve", "replay", "buffer", "sac", "workers", "race"] = "all"
+    part: Literal["all", "equal", "native", "solve", "replay", "buffer", "sac", "update", "workers", "race"] = "all"
     """which comparison to run"""
     rounds: int = 3
     """how often each side of all parts but `solve` and `race` is measured, in turn"""
@@ -263,6 +264,7 @@ def buffer(options: Options):
     ratio(a, b)
 
 
+UPDATES = {"batches of 256": "", "batches of 4": "--batch-size 4", "--compile": "--compile"}
 SAC_STEPS = 1_000, 1_500, 4_000  # the first update, from where on it is timed (compiled, warm), the end
 
 
@@ -312,6 +314,39 @@ def sac(options: Options):
     ratio(a, c)
 
 
+def products_worker(num_threads: int) -> dict:
+    """Milliseconds of what one update of sac.py multiplies: 16 products of 256 x 256 matrices, two at a time."""
+    import torch
+
+    torch.set_num_threads(num_threads)
+    a, b = torch.randn(2, 2, 256, 256)
+    for _ in range(100):
+        torch.bmm(a, b)
+    start = time.perf_counter()
+    for _ in range(8 * 200):
+        torch.bmm(a, b)
+    return {"ms": (time.perf_counter() - start) * 1e3 / 200}
+
+
+def update(options: Options):
+    print(f"sac.py, HalfCheetah-v5, milliseconds a step, environment included, in {options.rounds} rounds")
+    cores, (starts, first, total) = os.cpu_count(), SAC_STEPS
+    rows = {f"{n} threads, {name}": f"--num-threads {n} {more}" for n in (1, cores) for name, more in UPDATES.items()}
+    times = {name: [] for name in rows}
+    products = {n: [] for n in (1, cores)}
+    for _ in range(options.rounds):
+        for n, into in products.items():
+            into.append(theirs(products=n))
+        for name, flags in rows.items():
+            flags = f"--env-id HalfCheetah-v5 --learning-starts {starts} {flags}"
+            end = ours(flags, total, script="sac.py", after=first)
+            times[name].append(end | {"ms": 1e3 / end["sps"]})
+    for n, each in products.items():
+        line(f"{n} threads, matrix products alone", each, "ms", 2)
+    for name, each in times.items():
+        line(name, each, "ms", 2)
+
+
 def workers(options: Options):
     print(
         f"a3c_async.py, 1, 2 and 4 workers of one environment and one thread each, steps/s in {options.rounds} rounds"
@@ -348,6 +383,8 @@ def race(options: Options):
 def worker(spec: dict) -> dict:
     if "sac" in spec:
         return sac_worker(spec["sac"])
+    if "products" in spec:
+        return products_worker(spec["products"])
     if "buffer" in spec:
         return buffer_worker(spec["buffer"], spec["calls"])
     return raw_worker(spec["num_envs"], spec["seconds"]) if spec.pop("raw", False) else sb3_worker(**spec)
@@ -358,6 +395,6 @@ if __name__ == "__main__":
     if options.worker:
         print(json.dumps(worker(json.loads(options.worker))))
         sys.exit()
-    for part in (equal, native, solve, replay, buffer, sac, workers, race):
+    for part in (equal, native, solve, replay, buffer, sac, update, workers, race):
         if options.part in ("all", part.__name__):
             part(options)

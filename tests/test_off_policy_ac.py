@@ -358,7 +358,7 @@ def test_polyak_average_by_hand():
 @pytest.mark.parametrize("K", [2, 7])
 @pytest.mark.parametrize("space", [SPACES[1], BOX, "images"])
 def test_critic_gives_every_action_of_a_state_its_q(space, K):
-    """(K, B) actions for (B,) states equal K passes, three of them for three choices; shapes stay those of the actions."""
+    """(K, B) actions for (B,) states equal K passes, of three choices 3; shapes stay those of the actions."""
     image = space == "images"
     observation_space = gym.spaces.Box(0, 255, (4, 40, 40), np.uint8) if image else SPACES[0]
     space = SPACES[1] if image else space

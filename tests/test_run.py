@@ -7,6 +7,7 @@ import random
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finish, start
+from conftest import ROOT, environment, finish, start
 from helpers import checkpoint, events, metrics, results, same
 
 import a2c_sync
@@ -238,6 +239,7 @@ BAD = {
     "--env-id Nothing/Like-this-v0": "There is no environment",
     "--env-id no_such_package:Env-v0": "no_such_package",
     "--env-id toy_envs:NoSuchName-v0": "There is no environment",
+    "--env-id toy_envs:Constnt-v0": "did you mean toy_envs:Constant-v0",
     "--env-id toy_envs:DictObs-v0": "FlattenObservation",
     "--env-id toy_envs:DiscreteObs-v0": "FlattenObservation",
     "--env-id toy_envs:MatrixObs-v0": "FlattenObservation",
@@ -344,7 +346,12 @@ def test_a_package_in_the_working_directory_is_found(workdir):
     Path("mine.py").write_text("import gymnasium, toy_envs\ngymnasium.register('Mine-v0', toy_envs.Constant)\n")
     words = "--env-id mine:Mine-v0 --total-timesteps 100 --num-envs 2 --vectorization async --eval-episodes 1".split()
     status, out, err = finish(start(SCRIPT, *words, cwd=workdir))
-    assert status == 0 and "greedy return 10.0" in out, err
+    assert status == 0 and "greedy return 10.0" in out and "100%" in err, err
+    play = re.search(r"see it play +(.*) --video", out).group(1)  # as printed, from this directory
+    evaluation = subprocess.run(
+        play + " --episodes 1", shell=True, capture_output=True, text=True, env=environment(), cwd=workdir
+    )
+    assert "greedy return 10.0" in evaluation.stdout, evaluation.stderr
 
 
 def test_bad_input_as_a_process(workdir):
