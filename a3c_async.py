@@ -203,7 +203,7 @@ class Actor(nn.Module):
         discrete = isinstance(action_space, gym.spaces.Discrete)
         num_outputs = int(action_space.n) if discrete else action_space.shape[0]
         self.body = body
-        self.head = layer(nn.Linear(num_features, num_outputs), gain=0.01)  # at first the same in every state
+        self.head = layer(nn.Linear(num_features, num_outputs), gain=0.01)  # at first nearly the same everywhere
         self.log_std = None if discrete else nn.Parameter(torch.zeros(num_outputs))
 
     def forward(self, features: torch.Tensor) -> Categorical | Gaussian:

@@ -63,7 +63,7 @@ class Args(RunArgs):
     buffer_size: int = 1_000_000
     """transitions that the replay buffer holds"""
     learning_starts: int = 1_000
-    """transitions in the buffer before the first update"""
+    """transitions before the first update"""
     batch_size: int = 128
     """transitions of the buffer in one update"""
     updates_per_step: float = 1.0
@@ -198,7 +198,7 @@ class Actor(nn.Module):
         num_outputs = int(action_space.n) if discrete else action_space.shape[0]
         self.encoder, num_features = make_encoder(observation_space)
         self.body = MLP(num_features)
-        self.head = layer(nn.Linear(MLP.num_features, num_outputs), gain=0.01)  # at first the same in every state
+        self.head = layer(nn.Linear(MLP.num_features, num_outputs), gain=0.01)  # at first nearly the same everywhere
         self.log_std = None if discrete else nn.Parameter(torch.zeros(num_outputs))
 
     def forward(self, obs: torch.Tensor) -> Categorical | Gaussian:
@@ -225,7 +225,7 @@ class Critic(nn.Module):
         self.head = layer(nn.Linear(MLP.num_features, 1), gain=1.0)
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        if self.num_choices and actions.dim() > 1 and len(actions) > self.num_choices:  # K samples of fewer choices:
+        if self.num_choices and actions.dim() == 2 and len(actions) > self.num_choices:  # K samples of fewer choices:
             choices = torch.arange(self.num_choices, device=obs.device).view(-1, 1).expand(-1, len(obs))
             return self(obs, choices).gather(0, actions)  # one Q each
         # What the environment sees of an action: one of its choices, or a vector clipped to the bounds

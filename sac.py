@@ -58,7 +58,7 @@ class Args(RunArgs):
     buffer_size: int = 1_000_000
     """transitions that the replay buffer holds"""
     learning_starts: int = 1_000
-    """transitions in the buffer, of uniformly random actions, before the first update"""
+    """transitions, of uniformly random actions, before the first update"""
     batch_size: int = 256
     """transitions of the buffer in one update"""
     updates_per_step: float = 1.0

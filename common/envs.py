@@ -29,6 +29,7 @@ def make_envs(args, num_envs: int | None = None, evaluation: bool = False, rende
     `evaluation`: true rewards and frozen statistics; `render`: for Envs.picture. Raises UserError for an
     unknown environment, a missing extra or a space that no script supports.
     """
+    flush_denormals()
     num_envs = num_envs or args.num_envs
     spec = find_spec(args.env_id)
     atari = spec.vector_entry_point == "ale_py.vector_env:AtariVectorEnv"
@@ -44,7 +45,7 @@ def make_envs(args, num_envs: int | None = None, evaluation: bool = False, rende
         is_async = args.vectorization == "async"
         options["vectorization_mode"] = "async" if is_async else "sync"
         if is_async:  # a fork of this process could hang, its threads missing; a fork of a clean server imports once
-            options |= {"vector_kwargs": {"context": "forkserver"}, "wrappers": [own_group]}
+            options |= {"vector_kwargs": {"context": "forkserver"}, "wrappers": [in_process]}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium's remarks on spaces; unsupported ones are refused below
@@ -205,8 +206,18 @@ def check_spaces(observation_space, action_space, args):
         )
 
 
-def own_group(env):
+def in_process(env):
     """In a worker process: Ctrl-C and SIGTERM of a process group are for the main process, which then ends its workers."""
     if multiprocessing.parent_process() is not None:
         os.setpgrp()
+        flush_denormals()
     return env
+
+
+def flush_denormals():
+    """Numbers below 1e-38 (float64: 1e-308) become 0, in every process that has environments, which see it, too.
+
+    Adam's moments of dead units end there, and as denormals make its step up to nine times as slow. Threads that torch has
+    already started keep their setting.
+    """
+    torch.set_flush_denormal(True)

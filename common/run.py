@@ -67,7 +67,8 @@ RANGES = {
     "(0, 1]": "tau",
     "[0, 4294967295]": "seed",
     "[0, inf)": "ent_coef value_coef learning_starts max_lag slow_worker",
-    "(0, inf)": "actor_lr critic_lr updates_per_step worker_timeout",
+    "(0, inf)": "actor_lr critic_lr worker_timeout",
+    "(0, 1000]": "updates_per_step",
     "(0, inf]": "max_grad_norm",
 }
 
@@ -146,7 +147,6 @@ class Run:
         self.env_steps = self.updates = 0
         self._seconds = 0.0  # of training, in earlier sessions of a resumed run
         self._saved = load_checkpoint(Path(args.resume), self.script.stem) if args.resume else None
-        torch.set_flush_denormal(True)  # Adam's moments of dead units end there, and made its step nine times as slow
         torch.set_num_threads(args.num_threads)
         random.seed(args.seed)
         np.random.seed(args.seed)

@@ -8,6 +8,7 @@ The order in which one process sees another's writes is that of x86 (and of anyt
 """
 
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -135,7 +136,6 @@ class Worker:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a stopped one outlives its parent
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-        torch.set_flush_denormal(True)
         torch.set_num_threads(1)
         try:
             target(self, *args)
@@ -201,10 +201,10 @@ class Workers:
         self._mailboxes = [Mailbox(fields) for _ in range(num)]
         self._beats, self._errors = shared((num,), np.float64), shared((num, 8192), np.uint8)
         self._processes, self._lives = [None] * num, [0] * num
-        self._started = [0.0] * num
+        self._heard, self._silence = [0.0] * num, [0.0] * num  # last beat of a worker, seconds since
         self._failures = {}  # worker -> time and traceback of the last time that it raised
         self._stillborn = 0  # workers in a row that died before they began
-        self._last_watch = self._woken = time.monotonic()
+        self._last_watch = time.monotonic()
         self._turn = self.replaced = 0
 
     def start(self, *args):
@@ -215,7 +215,7 @@ class Workers:
 
     def _start(self, index: int):
         self._beats[index] = self._errors[index] = 0
-        self._started[index] = time.monotonic()
+        self._heard[index] = self._silence[index] = 0.0
         worker = Worker(index, self._lives[index], self._mailboxes[index], self._beats, self._errors)
         process = mp.get_context("spawn").Process(target=worker.run, args=(self._target, self._args), daemon=True)
         resource_tracker.ensure_running()  # it would lift the mask
@@ -243,17 +243,20 @@ class Workers:
         now = time.monotonic()
         if now - self._last_watch < 0.1:
             return
-        if now - self._last_watch > self._timeout / 2:  # this process was stopped: perhaps the workers were, too
-            self._woken = now
+        passed = min(
+            now - self._last_watch, self._timeout / 2
+        )  # was this process stopped, so were the workers, perhaps
         self._last_watch = now
         for index, process in enumerate(self._processes):
             beat = float(self._beats[index])
             allowed = self._timeout if beat else max(self._timeout, STARTUP)
             if beat:
                 self._stillborn = 0
+            self._silence[index] = self._silence[index] + passed if beat == self._heard[index] else 0.0
+            self._heard[index] = beat
             if process.exitcode is not None:
                 self._replace(index, self._cause(index, process.exitcode))
-            elif now - max(beat or self._started[index], self._woken) > allowed:
+            elif self._silence[index] > allowed:
                 self._replace(index, f"gave no sign of life for {allowed:g} seconds")
 
     def _cause(self, index: int, exitcode: int) -> str:
@@ -262,10 +265,11 @@ class Workers:
         text = bytes(self._errors[index].numpy()).rstrip(b"\0").decode(errors="replace")
         if text:
             frames = text.rpartition("\n  ")[0]  # without the message, which may hold numbers
-            again = self._failures.get(index, (0, ""))[1] == frames
+            before = self._failures.get(index, (-math.inf, ""))
             self._failures[index] = now, frames
-            recent = {frames for when, frames in self._failures.values() if now - when < STARTUP}
-            if len(self._failures) == num and len(recent) == 1 and (num > 1 or again):
+            recent = [frames for when, frames in self._failures.values() if now - when < STARTUP]
+            again = before[1] == frames and now - before[0] < STARTUP
+            if len(recent) == num and len(set(recent)) == 1 and (num > 1 or again):
                 raise UserError(f"every worker fails in the same place:\n{text}")
             return f"failed:\n{text}"
         killed = f"was killed by signal {-exitcode}" if exitcode < 0 else f"exited with {exitcode}"

@@ -29,6 +29,10 @@ def commands():
                 [line]
                 if re.match(r"    (pip|python|tensorboard|pytest) ", line)
                 else re.findall(r"`(python [^`]+)`", line)
+                + [
+                    f"python {words}"
+                    for words in re.findall(r"`((?:a2c_sync|a3c_async|off_policy_ac|sac)\.py -[^`]+)`", line)
+                ]
             ):
                 for part in re.split(r" {2,}", command.strip())[0].split(" && "):
                     yield page.name, part

@@ -62,6 +62,17 @@ def test_denormals_are_flushed(workdir):
     assert torch.tensor(1e-30) * 1e-10 == 0
 
 
+def test_environments_see_the_same_numbers_in_whatever_process():
+    """A simulator may depend on denormals: toy_envs:Halving ends when its state is 0."""
+    lengths = {}
+    for vectorization in ("sync", "async"):
+        envs = make_envs(Args(env_id="toy_envs:Halving-v0", vectorization=vectorization), 1)
+        envs.reset(seed=0)
+        lengths[vectorization] = next(n for n in range(1, 200) if envs.step(np.zeros(1, int))[2][0])
+        envs.close()
+    assert lengths["sync"] == lengths["async"]
+
+
 # --- Exact resume -----------------------------------------------------------------------------------------------------
 
 RESUMED = {"num_envs": 4, "total_timesteps": 30_000, "checkpoint_every": 1_500, "eval_episodes": 3}
@@ -288,6 +299,7 @@ BAD_REPLAY = {
     "--batch-size 0": "--batch-size",
     "--learning-starts -1": "--learning-starts",
     "--learning-starts 1000 --total-timesteps 1000": "nothing would be learned",
+    "--updates-per-step 1e308": "--updates-per-step must lie in (0, 1000]",
     "--updates-per-step 0": "--updates-per-step",
     "--tau 0": "--tau must lie in (0, 1]",
     "--tau 1.1": "--tau",

@@ -154,12 +154,6 @@ def abort(worker):
     os.abort()
 
 
-def flush(worker):
-    tiny = torch.tensor(1e-30) * 1e-10
-    worker.send(number=[worker.index, worker.life, int(tiny == 0)])
-    count(worker)
-
-
 def hang_in_first_life(worker):
     worker.send(number=[worker.index, worker.life, 0])
     if worker.life == 0:
@@ -202,10 +196,6 @@ def test_a_killed_worker_is_replaced_in_its_place(start, capsys, number):
     assert f"was killed by signal {number}" in capsys.readouterr().err
 
 
-def test_workers_flush_denormals(start):
-    assert receive(start(flush, num=1))["number"][2] == 1
-
-
 def test_a_worker_that_raises_is_replaced_and_its_traceback_shown(start, capsys):
     workers = start(raise_in_lives_of_1, num=3)
     lives_until(workers, 4, 1)
@@ -221,6 +211,22 @@ def test_a_fault_that_all_workers_hit_ends_with_its_traceback(start):
         while True:
             receive(workers)
     assert time.time() - begin < 60 and workers.replaced <= 2
+
+
+def test_faults_far_apart_are_not_those_of_all(monkeypatch):
+    workers, clock = Workers(count, 2, {"number": ((3,), np.int64)}, 60.0), [0.0]
+    monkeypatch.setattr(workers_module.time, "monotonic", lambda: clock[0])
+
+    def fail(index, line, hours):
+        clock[0] += 3600 * hours
+        text = f'File "x.py", line {line}\n  code\nValueError: {clock}'.encode()
+        workers._errors[index, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return workers._cause(index, 1)
+
+    for index, line in ((0, 1), (1, 2), (0, 1), (1, 1), (1, 1)):  # in one place, but never both within two minutes
+        assert "ValueError" in fail(index, line, hours=1)
+    with pytest.raises(UserError, match="same place"):
+        fail(0, 1, hours=0.01)
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["sleeps", "SIGSTOP"])
@@ -287,13 +293,14 @@ def test_time_in_which_the_main_process_was_stopped_does_not_count(start):
     assert workers.replaced == 0
 
 
-def test_a_busy_main_process_still_notices_who_hangs(start):
+@pytest.mark.parametrize("seconds", [1.2, 2.0])
+def test_a_busy_main_process_still_notices_who_hangs(start, seconds):
     workers = start(count, timeout=3.0)
     lives_until(workers, 0, 0)
     lives_until(workers, 0, 1)
     os.kill(workers._processes[0].pid, signal.SIGSTOP)
     for _ in range(4):
-        time.sleep(1.2)  # an update that takes so long
+        time.sleep(seconds)  # an update that takes so long
         receive(workers)
         workers.watch()
     assert workers.replaced == 1

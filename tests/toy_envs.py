@@ -56,6 +56,18 @@ class Constant(gym.Env):
         return self._obs(), 1.0, end and self.terminates, end and not self.terminates, {}
 
 
+class Halving(Constant):
+    """Ends when a number that is halved at every step has become 0."""
+
+    def reset(self, *, seed=None, options=None):
+        self.x = 1e-290
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.x *= 0.5
+        return self._obs(), 1.0, self.x == 0, False, {}
+
+
 class Target(gym.Env):
     """One-step episodes, a Box with odd bounds; the best action is the upper one if the first element is positive."""
 
@@ -240,6 +252,7 @@ CLASSES = (
     ImagesBox,
     WornOut,
     Slow,
+    Halving,
 )
 for cls in CLASSES:
     gym.register(f"{cls.__name__}-v0", cls)
