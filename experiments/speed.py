@@ -9,6 +9,7 @@
     python experiments/speed.py --part buffer    the ring buffer against Stable-Baselines3's, with HalfCheetah's sizes
     python experiments/speed.py --part sac       sac.py, HalfCheetah-v5, against Stable-Baselines3's and SBX's: steps per second
     python experiments/speed.py --part update    sac.py, where the time of a step goes: milliseconds
+    python experiments/speed.py --part denormals Adam's step when half of the gradients are zero, with denormals and without
     python experiments/speed.py --part workers   a3c_async.py with 1, 2, 4 workers: steps per second
     python experiments/speed.py --part race      a3c_async.py and a2c_sync.py with four environments: seconds to 475
 
@@ -38,7 +39,9 @@ OURS_EQUAL = "--num-envs 8 --num-steps 5 --gae-lambda 1 --ent-coef 0 --optimizer
 
 @dataclass
 class Options:
-    part: Literal["all", "equal", "native", "solve", "replay", "buffer", "sac", "update", "workers", "race"] = "all"
+    part: Literal[
+        "all", "equal", "native", "solve", "replay", "buffer", "sac", "update", "denormals", "workers", "race"
+    ] = "all"
     """which comparison to run"""
     rounds: int = 3
     """how often each side of all parts but `solve` and `race` is measured, in turn"""
@@ -347,6 +350,31 @@ def update(options: Options):
         line(name, each, "ms", 2)
 
 
+def adam_worker(flush: bool) -> dict:
+    """Milliseconds of Adam's step for a layer of 256 x 256, 1,200 steps after half of its gradients became zero."""
+    import torch
+    from common.optim import Adam
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(flush)
+    layer = torch.nn.Parameter(torch.randn(256, 256))
+    optimizer, layer.grad = Adam([layer], lr=1e-3), torch.randn(256, 256)
+    optimizer.step()
+    layer.grad[::2] = 0
+    for _ in range(1_200):
+        optimizer.step()
+    start = time.perf_counter()
+    for _ in range(1_000):
+        optimizer.step()
+    return {"ms": time.perf_counter() - start}
+
+
+def denormals(options: Options):
+    print(f"Adam's step, half of the gradients zero, milliseconds in {options.rounds} rounds")
+    for name, flush in (("denormals flushed to zero", True), ("denormals kept", False)):
+        line(name, [theirs(adam=flush) for _ in range(options.rounds)], "ms", 3)
+
+
 def workers(options: Options):
     print(
         f"a3c_async.py, 1, 2 and 4 workers of one environment and one thread each, steps/s in {options.rounds} rounds"
@@ -383,6 +411,8 @@ def race(options: Options):
 def worker(spec: dict) -> dict:
     if "sac" in spec:
         return sac_worker(spec["sac"])
+    if "adam" in spec:
+        return adam_worker(spec["adam"])
     if "products" in spec:
         return products_worker(spec["products"])
     if "buffer" in spec:
@@ -395,6 +425,6 @@ if __name__ == "__main__":
     if options.worker:
         print(json.dumps(worker(json.loads(options.worker))))
         sys.exit()
-    for part in (equal, native, solve, replay, buffer, sac, update, workers, race):
+    for part in (equal, native, solve, replay, buffer, sac, update, denormals, workers, race):
         if options.part in ("all", part.__name__):
             part(options)

@@ -40,9 +40,9 @@ TABLES = {  # row: script, flags, seeds
     },
     "sac": {
         "Pendulum-v1": ("sac.py", "--total-timesteps 10000 --num-threads 1", 5),
-        "HalfCheetah-v5": ("sac.py", f"--env-id HalfCheetah-v5 {OURS}", 3),
+        "HalfCheetah-v5 sac.py": ("sac.py", f"--env-id HalfCheetah-v5 {OURS}", 3),
         "HalfCheetah-v5 Stable-Baselines3": ("experiments/sb3_sac.py", f"--env-id HalfCheetah-v5 {SAME}", 3),
-        "Hopper-v5": ("sac.py", f"--env-id Hopper-v5 {OURS}", 3),
+        "Hopper-v5 sac.py": ("sac.py", f"--env-id Hopper-v5 {OURS}", 3),
         "Hopper-v5 Stable-Baselines3": ("experiments/sb3_sac.py", f"--env-id Hopper-v5 {SAME}", 3),
     },
 }
