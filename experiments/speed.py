@@ -169,7 +169,7 @@ def solve(options: Options):
 
 # The same algorithm as one would first write it: a loop over the K samples, an optimizer for each network, and torch as it is
 PLAIN = {
-    "    check(args)\n": "    check(args)\n    torch.set_flush_denormal(False)\n",
+    "    envs = make_envs(args)\n": "    envs = make_envs(args)\n    torch.set_flush_denormal(False)\n",
     """        with torch.no_grad():
             pi_actions = policy.sample(args.num_action_samples)  # (K, B): fresh (D11), without the simulator
             pi_q = critic(batch.obs, pi_actions)
