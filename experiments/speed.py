@@ -9,7 +9,7 @@
     python experiments/speed.py --part buffer    the ring buffer against Stable-Baselines3's, with HalfCheetah's sizes
     python experiments/speed.py --part sac       sac.py, HalfCheetah-v5, against Stable-Baselines3's and SBX's: steps per second
     python experiments/speed.py --part update    sac.py, where the time of a step goes: milliseconds
-    python experiments/speed.py --part denormals Adam's step when half of the gradients are zero, with denormals and without
+    python experiments/speed.py --part denormals  Adam's step when half of the gradients are zero, with denormals and without
     python experiments/speed.py --part workers   a3c_async.py with 1, 2, 4 workers: steps per second
     python experiments/speed.py --part race      a3c_async.py and a2c_sync.py with four environments: seconds to 475
 
