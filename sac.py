@@ -16,8 +16,8 @@ Actions are a Gaussian's squashed into [-1, 1] by tanh; the environment's own bo
 arXiv 1812.05905: (2) eq. 26, (3) eq. 2-5, (5) eq. 9, (6) eq. 18.
 `--estimator score` replaces the gradient of (5) by the score function's, as in off_policy_ac.py, all else equal.
 
-    python sac.py                                     Pendulum-v1: greedy return -142 after half of its steps, in a minute
-    python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000 --critic-lr 3e-4     5100, 10 minutes
+    python sac.py                                     Pendulum-v1: greedy return -142 after 10,000 of its steps
+    python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000 --critic-lr 3e-4     return 5100
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP): it is not a transition, and
 `valid` keeps it out of the buffer and the counts. In return every next_obs is the true successor of obs.

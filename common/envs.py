@@ -217,7 +217,7 @@ def in_process(env):
 def flush_denormals():
     """Numbers below 1e-38 (float64: 1e-308) become 0, in every process that has environments, which see it, too.
 
-    Adam's moments of dead units end there, and as denormals make its step up to nine times as slow. Threads that torch has
-    already started keep their setting.
+    Adam's moments of dead units end there, and as denormals make its step several times as slow (docs/sac.md). Threads that torch
+    has already started keep their setting.
     """
     torch.set_flush_denormal(True)

@@ -243,9 +243,8 @@ class Workers:
         now = time.monotonic()
         if now - self._last_watch < 0.1:
             return
-        passed = min(
-            now - self._last_watch, self._timeout / 2
-        )  # was this process stopped, so were the workers, perhaps
+        # If this process was stopped, so were the workers, perhaps: of such a pause only so much counts
+        passed = min(now - self._last_watch, self._timeout / 2)
         self._last_watch = now
         for index, process in enumerate(self._processes):
             beat = float(self._beats[index])
