@@ -52,15 +52,15 @@ class Args(RunArgs):
     num_workers: int = 4
     """W, processes that act"""
     envs_per_worker: int | None = None
-    """N, environments of each worker; by default 1"""
+    """N, environments of each worker; by default 4"""
     num_envs: int | None = None
     """environments of all workers together, instead of --envs-per-worker"""
     num_steps: int = 8
     """T, steps of a worker's environments between two pulls of the parameters"""
     update: Literal["pooled", "hogwild"] = "pooled"
     """pooled: one update as soon as a batch has come in from whichever workers (D6); hogwild: every worker its own"""
-    batch_size: int = 32
-    """transitions of a pooled update, at least: rollouts stay whole"""
+    batch_size: int = 64
+    """transitions of a pooled update, at least: rollouts stay whole; hogwild's has those of one rollout, T x N"""
     max_lag: int | None = None
     """transitions from parameters more updates old than this are dropped, and counted; by default none are (D7)"""
     slow_worker: float = 0.0
@@ -77,7 +77,7 @@ class Args(RunArgs):
     """β, weight of the entropy bonus"""
     value_coef: float = 0.5
     """c, weight of the critic's loss; matters where the networks share a trunk"""
-    actor_lr: float = 1e-2
+    actor_lr: float = 2.5e-3
     """learning rate of the actor; with --network shared of everything"""
     critic_lr: float | None = None
     """learning rate of the critic; by default that of the actor"""
@@ -103,13 +103,15 @@ def check(args: Args):
         )
     if args.num_envs is not None and args.num_envs != args.num_workers * envs_of_a_worker(args):
         raise UserError(
-            f"--num-envs {args.num_envs} is not {args.num_workers} workers times the same number of environments; "
+            f"--num-envs {args.num_envs} is not {args.num_workers} workers times {envs_of_a_worker(args)} environments; "
             "give --num-workers and --envs-per-worker."
         )
 
 
 def envs_of_a_worker(args: Args) -> int:
-    return args.envs_per_worker or max(1, (args.num_envs or 0) // args.num_workers)
+    if args.num_envs is None or args.envs_per_worker is not None:
+        return args.envs_per_worker or 4
+    return max(1, args.num_envs // args.num_workers)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -375,6 +377,7 @@ def work(worker: Worker, args: Args, start: int, shared_agent: ActorCritic, snap
 
         # Pull
         if args.update == "pooled":
+            worker.wait()  # whoever acts while the last rollout still lies there acts with older parameters
             version = snapshot.pull(agent)
         else:
             version = int(counts[UPDATES].sum())
@@ -426,7 +429,7 @@ def train(args: Args) -> dict:
     run = Run(args, __file__)
     args = run.args
     check(args)
-    args.num_envs, args.envs_per_worker = None, envs_of_a_worker(args)  # one of the two, for --resume
+    run.device = torch.device("cpu")  # whatever else there is
     envs = make_envs(args, 1)  # for its spaces; the workers have their own
     space, action_space = envs.single_observation_space, envs.single_action_space
     envs.close()

@@ -35,37 +35,32 @@ def shared(shape: tuple[int, ...], dtype) -> torch.Tensor:
 
 
 class Mailbox:
-    """Records of one shape, from one process to one other: a ring with a counter on either side.
+    """Records of one shape, from one process to one other: room for one, and a counter on either side.
 
     fields: name -> (shape, dtype). A side raises its counter when it is done with a record, never before.
     """
 
-    def __init__(self, fields: dict[str, tuple], size: int = 2):
+    def __init__(self, fields: dict[str, tuple]):
         self._dtype = np.dtype([(name, dtype, shape) for name, (shape, dtype) in fields.items()], align=True)
-        self._records = shared((size * self._dtype.itemsize,), np.uint8)
+        self._bytes = shared((self._dtype.itemsize,), np.uint8)
         self._counters = shared((2,), np.int64)  # records sent, records received
-        self._size = size
-
-    def _record(self, number: int) -> np.ndarray:
-        return self._records.numpy().view(self._dtype)[number % self._size]
 
     def is_full(self) -> bool:
         sent, received = self._counters.tolist()
-        return sent - received >= self._size
+        return sent > received
 
     def put(self, **record):
-        """Copies a record into the ring, which must not be full."""
-        place = self._record(int(self._counters[0]))
+        """Copies a record into the mailbox, which must be empty."""
+        place = self._bytes.numpy().view(self._dtype)[0]
         for name in self._dtype.names:
             place[name] = record[name]
         self._counters[0] += 1
 
     def take(self) -> dict[str, np.ndarray] | None:
-        """The oldest record, if there is one."""
-        sent, received = self._counters.tolist()
-        if sent == received:
+        """The record, if there is one."""
+        if not self.is_full():
             return None
-        place = self._record(received)
+        place = self._bytes.numpy().view(self._dtype)[0]
         record = {name: np.array(place[name]) for name in self._dtype.names}
         self._counters[1] += 1
         return record
@@ -123,11 +118,15 @@ class Worker:
             sys.exit()
         self._beats[self.index] = time.monotonic()
 
-    def send(self, **record):
-        """Hands a record over; waits while the main process is behind."""
+    def wait(self):
+        """Waits until the main process has taken what was handed over last."""
         while self._mailbox.is_full():
             self.beat()
             time.sleep(PAUSE)
+
+    def send(self, **record):
+        """Hands a record over."""
+        self.wait()
         self._mailbox.put(**record)
         self.beat()
 

@@ -1,5 +1,6 @@
 """a3c_async.py: what its updates are made of, how old that is, and a run as a whole with workers that die."""
 
+import json
 import math
 import os
 import random
@@ -24,7 +25,8 @@ from common.optim import RMSpropA3C
 from common.workers import Snapshot, shared
 
 SCRIPT = ROOT / "a3c_async.py"
-SHORT = {"num_workers": 2, "num_steps": 5, "total_timesteps": 600, "eval_episodes": 2}
+SHORT = {"num_workers": 2, "envs_per_worker": 1, "num_steps": 5, "batch_size": 32, "total_timesteps": 600}
+SHORT |= {"eval_episodes": 2}
 BOTH = pytest.mark.parametrize("update", ["pooled", "hogwild"])
 
 
@@ -81,10 +83,12 @@ def test_one_workers_pooled_update_is_a2c_syncs(workdir, monkeypatch, flags):
     """The same transitions and weights: the same weights after the update, through a2c_sync.train's own equations."""
     records = record_losses(monkeypatch)
     flags = {"num_workers": 1, "num_steps": 8, "batch_size": 1, "lr_decay": False, "ent_coef": 0.03} | flags
+    flags["actor_lr"] = 0.01
     run(total_timesteps=100, **flags)
     args = a2c_sync.Args(
         optimizer="rmsprop",
         ent_coef=0.03,
+        actor_lr=0.01,
         **{k: v for k, v in flags.items() if k in ("network", "env_id", "max_grad_norm")},
     )
     envs = make_envs(args, 1)
@@ -155,6 +159,9 @@ class Scripted:
             self.on_beat(self.beats)
         self.beats += 1
 
+    def wait(self):
+        pass
+
     def send(self, **record):
         self.sent.append({name: torch.as_tensor(value).numpy().copy() for name, value in record.items()})
         if len(self.sent) == self.records:
@@ -167,7 +174,7 @@ class EndOfScript(Exception):
 
 def scripted(update, on_beat, records, index=0, life=0, start=0, **flags):
     """What work() hands over, the shared agent, the counts and the optimizer, after so many records."""
-    args = Args(update=update, num_steps=4, total_timesteps=10**6, **flags)
+    args = Args(update=update, envs_per_worker=1, num_steps=4, total_timesteps=10**6, **flags)
     agent = make_agent().share_memory()
     groups = [{"params": list(network.parameters())} for network in (agent.actor, agent.critic)]
     optimizer, snapshot = RMSpropA3C(groups), Snapshot(agent)
@@ -277,6 +284,12 @@ def test_lag_is_logged_and_a_slow_worker_raises_it(workdir, update):
     assert largest[0.1] > largest[0.0]
 
 
+def test_a_lone_worker_is_at_most_one_update_behind(workdir):
+    """It pulls when its last rollout has been taken, of which the update may be under way."""
+    end = run(num_workers=1, batch_size=1)
+    assert end["updates"] > 100 and end["lag_max"] <= 1
+
+
 def test_tensorboard_has_the_histogram(workdir):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -298,7 +311,7 @@ def test_tensorboard_has_the_histogram(workdir):
 def test_total_steps_within_a_rollout(workdir, update, flags):
     end = run(update=update, **flags)
     args = Args(**(SHORT | flags))
-    rollout = args.num_steps * (args.envs_per_worker or 1)
+    rollout = args.num_steps * args.envs_per_worker
     assert 600 <= end["env_steps"] < 600 + rollout * (args.num_workers if update == "hogwild" else 1)
     assert end["env_steps"] == sum(end["lag_histogram"].values()) and end["updates"] > 10
     assert not children(os.getpid())
@@ -310,7 +323,7 @@ def test_total_steps_within_a_rollout(workdir, update, flags):
     [
         {"env_id": "Pendulum-v1"},
         {"env_id": "toy_envs:Images-v0", "network": "shared", "total_timesteps": 100},
-        {"network": "shared", "num_envs": 4, "ent_coef": 0.0, "gae_lambda": 1.0},
+        {"network": "shared", "envs_per_worker": None, "num_envs": 4, "ent_coef": 0.0, "gae_lambda": 1.0},
         {"critic_lr": 1e-2, "no_decay": True, "max_grad_norm": 0.5},
     ],
     ids=str,
@@ -348,6 +361,17 @@ def test_resume_goes_on_with_weights_statistics_and_counters(workdir):
     assert (squares[1] - squares[0]).abs().max() < 0.2 < (1 - squares[1]).abs().max()
     end = train(Args(resume="run", total_timesteps=1200, num_workers=3))
     assert end["env_steps"] >= 1200
+
+
+def test_resume_with_another_number_of_environments(workdir):
+    args = Args(run_dir="run", total_timesteps=200, eval_episodes=1)
+    train(args)
+    assert args.num_envs is args.envs_per_worker is None  # train() leaves the caller's flags alone
+    for num_envs in (8, 4):
+        train(Args(resume="run", total_timesteps=1000 - 100 * num_envs, num_envs=num_envs))
+        assert json.loads(Path("run/args.json").read_text())["num_envs"] == num_envs
+    with pytest.raises(UserError, match="--num-envs 6 is not 4 workers times 1 environments"):
+        train(Args(resume="run", num_envs=6))
 
 
 @BOTH
@@ -469,5 +493,5 @@ def test_cartpole_is_solved_while_fifty_workers_are_killed(workdir, update):
     end = train(Args(run_dir="run", update=update))
     thread.join(1)
     assert killed == 50 and end["workers_replaced"] >= 45
-    assert 500_000 <= end["env_steps"] < 500_000 + 4 * 8 and sum(end["lag_histogram"].values()) == end["env_steps"]
+    assert 500_000 <= end["env_steps"] < 500_000 + 4 * 4 * 8 and sum(end["lag_histogram"].values()) == end["env_steps"]
     assert end["eval_return_mean"] >= 475

@@ -32,12 +32,12 @@ def receive(workers, timeout=60.0):
 # --- Mailbox and Snapshot ---------------------------------------------------------------------------------------------
 
 
-def test_mailbox_is_a_queue_of_limited_length():
+def test_mailbox_holds_one_record():
     """Against a list, with random puts and takes."""
-    rng, mailbox, model = np.random.default_rng(0), Mailbox({"number": ((), np.int64)}, size=3), []
+    rng, mailbox, model = np.random.default_rng(0), Mailbox({"number": ((), np.int64)}), []
     for i in range(2000):
-        assert mailbox.is_full() == (len(model) == 3)
-        if rng.random() < 0.5 and len(model) < 3:
+        assert mailbox.is_full() == (len(model) == 1)
+        if rng.random() < 0.5 and not model:
             mailbox.put(number=i)
             model.append(i)
         elif rng.random() < 0.5:
@@ -48,7 +48,7 @@ def test_mailbox_is_a_queue_of_limited_length():
 
 
 def test_a_record_is_a_copy():
-    mailbox = Mailbox(FIELDS, size=1)
+    mailbox = Mailbox(FIELDS)
     mailbox.put(number=1, block=1)
     record = mailbox.take()
     mailbox.put(number=2, block=2)
