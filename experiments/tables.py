@@ -19,8 +19,8 @@ from runs import ROOT, mean_std, run_all
 LUNAR = "--env-id LunarLander-v3 --optimizer adam --num-envs 8 --num-steps 5 --actor-lr 5e-4 --critic-lr 3e-3 --ent-coef 0.05 --total-timesteps 2000000"
 SAME = "--total-timesteps 100000 --learning-starts 10000 --num-threads 1"  # for both of the scripts compared
 OURS = f"{SAME} --critic-lr 3e-4"  # the other's only learning rate
-LAGGARDS = [f"--num-workers {num}" for num in (1, 2, 4, 8)]  # without, then with a slow one among four
-LAGGARDS += [f"--slow-worker {flags}" for flags in ("0.01", "0.1", "1", "0.1 --max-lag 8")]
+LAGGARDS = [f"--num-workers {num}" for num in (1, 2, 4, 8, 16)]  # without, then with a slow one among four
+LAGGARDS += [f"--slow-worker {flags}" for flags in ("0.01", "0.1", "0.1 --max-lag 8")]
 TABLES = {  # row: script, flags, seeds
     "a2c": {
         "CartPole-v1": ("a2c_sync.py", "", 5),
@@ -30,7 +30,7 @@ TABLES = {  # row: script, flags, seeds
     },
     "a3c": {
         f"{env_id} {update}": ("a3c_async.py", f"--env-id {env_id} --update {update} {flags}", 5)
-        for env_id, flags in {"CartPole-v1": "", "Acrobot-v1": ""}.items()
+        for env_id, flags in {"CartPole-v1": "", "Acrobot-v1": "--total-timesteps 200000"}.items()
         for update in ("pooled", "hogwild")
     },
     "lag": {
