@@ -59,7 +59,7 @@ class Args(RunArgs):
     """T, steps of a worker's environments between two pulls of the parameters"""
     update: Literal["pooled", "hogwild"] = "pooled"
     """pooled: one update as soon as a batch has come in from whichever workers (D6); hogwild: every worker its own"""
-    batch_size: int = 64
+    batch_size: int = 128
     """transitions of a pooled update, at least: rollouts stay whole; hogwild's has those of one rollout, T x N"""
     max_lag: int | None = None
     """transitions from parameters more updates old than this are dropped, and counted; by default none are (D7)"""

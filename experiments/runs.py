@@ -43,6 +43,15 @@ def run(
     return results
 
 
+def worst_return(run_dir: Path, episodes: int = 20) -> float:
+    """Lowest mean training return of `episodes` episodes in a row that ended in the second half of the steps."""
+    with open(run_dir / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["tag"] == "charts/episodic_return"]
+    half = int(rows[-1]["env_steps"]) / 2
+    returns = [float(row["value"]) for row in rows if int(row["env_steps"]) > half]
+    return min((mean(returns[i : i + episodes]) for i in range(len(returns) - episodes + 1)), default=mean(returns))
+
+
 def run_all(jobs: list[tuple], at_a_time: int) -> list[dict]:
     """Results of run(*job) for all jobs, in their order."""
     with ThreadPoolExecutor(at_a_time) as pool:

@@ -11,7 +11,7 @@
     python experiments/speed.py --part update    sac.py, where the time of a step goes: milliseconds
     python experiments/speed.py --part denormals  Adam's step when half of the gradients are zero, with denormals and without
     python experiments/speed.py --part workers   a3c_async.py with 1, 2, 4 workers: steps per second
-    python experiments/speed.py --part race      a3c_async.py and a2c_sync.py with four environments: seconds to 475
+    python experiments/speed.py --part race      a3c_async.py and a2c_sync.py with sixteen environments: seconds to 475
 
 Every measurement is a process of its own, with one thread except in `sac` and `update`, where each has all cores. Machines vary by the
 minute: read the ratios.
@@ -377,10 +377,10 @@ def denormals(options: Options):
 
 def workers(options: Options):
     print(
-        f"a3c_async.py, 1, 2 and 4 workers of one environment and one thread each, steps/s in {options.rounds} rounds"
+        f"a3c_async.py, 1, 2 and 4 workers of four environments and one thread each, steps/s in {options.rounds} rounds"
     )
-    pong = "--env-id ALE/Pong-v5 --network shared --num-steps 20 --batch-size 80 --actor-lr 1e-4"
-    tasks = {"Pong": (pong, 6_000), "HalfCheetah": ("--env-id HalfCheetah-v5 --num-steps 20", 40_000)}
+    pong = "--env-id ALE/Pong-v5 --network shared --num-steps 16"
+    tasks = {"Pong": (pong, 9_000), "HalfCheetah": ("--env-id HalfCheetah-v5 --num-steps 16", 60_000)}
     for task, (flags, total) in tasks.items():
         for update in ("pooled", "hogwild"):
             speeds = {num: [] for num in (1, 2, 4)}
@@ -395,11 +395,13 @@ def workers(options: Options):
 
 
 def race(options: Options):
-    print(f"Four environments, seconds to a mean training return of 475 over 100 episodes, seeds 1 to {options.seeds}")
+    print(
+        f"Sixteen environments, seconds to a mean training return of 475 over 100 episodes, seeds 1 to {options.seeds}"
+    )
     sides = {
-        "a2c_sync.py": ("a2c_sync.py", "--num-envs 4"),
-        "a3c_async.py, pooled": ("a3c_async.py", "--num-envs 4 --update pooled"),
-        "a3c_async.py, hogwild": ("a3c_async.py", "--num-envs 4 --update hogwild"),
+        "a2c_sync.py": ("a2c_sync.py", "--num-envs 16"),
+        "a3c_async.py, pooled": ("a3c_async.py", "--num-envs 16 --update pooled"),
+        "a3c_async.py, hogwild": ("a3c_async.py", "--num-envs 16 --update hogwild"),
     }
     for name, (script, flags) in sides.items():
         runs = [ours(flags, 500_000, seed, script) for seed in range(1, options.seeds + 1)]

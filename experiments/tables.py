@@ -4,9 +4,10 @@
     python experiments/tables.py a2c --row CartPole-v1
     python experiments/tables.py a3c --at-a-time 1          its runs have worker processes of their own
     python experiments/tables.py lag --at-a-time 1          return against lag
+    python experiments/tables.py bias --at-a-time 1         what gradients of old and of new parameters do with old actions
     python experiments/tables.py sac                        hours; needs pip install -e ".[bench,mujoco]"
 
-Prints mean ± std over seeds. The folders of the runs are what experiments/plot.py wants.
+Prints mean ± std over seeds; "worst" is the lowest mean of 20 training episodes in a row in a run's second half. The folders of the runs are what experiments/plot.py wants.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from runs import ROOT, mean_std, run_all
+from runs import ROOT, mean_std, run_all, worst_return
 
 LUNAR = "--env-id LunarLander-v3 --optimizer adam --num-envs 8 --num-steps 5 --actor-lr 5e-4 --critic-lr 3e-3 --ent-coef 0.05 --total-timesteps 2000000"
 SAME = "--total-timesteps 100000 --learning-starts 10000 --num-threads 1"  # for both of the scripts compared
@@ -38,6 +39,15 @@ TABLES = {  # row: script, flags, seeds
         for update in ("pooled", "hogwild")
         for flags in LAGGARDS
     },
+    "bias": {  # small batches and high rates, with which a bias shows
+        f"{script} {flags}": (script, f"{flags} --actor-lr 5e-3 --total-timesteps 300000", 5)
+        for script, flags in (
+            ("a2c_sync.py", "--num-envs 4"),
+            ("a3c_async.py", "--update hogwild"),
+            ("a3c_async.py", "--update pooled --batch-size 32"),
+            ("a3c_async.py", "--update pooled --batch-size 32 --max-lag 0"),
+        )
+    },
     "sac": {
         "Pendulum-v1": ("sac.py", "--total-timesteps 10000 --num-threads 1", 5),
         "HalfCheetah-v5 sac.py": ("sac.py", f"--env-id HalfCheetah-v5 {OURS}", 3),
@@ -50,7 +60,7 @@ TABLES = {  # row: script, flags, seeds
 
 @dataclass
 class Options:
-    table: tyro.conf.Positional[Literal["a2c", "a3c", "lag", "sac"]]
+    table: tyro.conf.Positional[Literal["a2c", "a3c", "lag", "bias", "sac"]]
     """which table"""
     row: str | None = None
     """rows whose name begins so; by default all"""
@@ -61,8 +71,8 @@ class Options:
 
 
 def main(options: Options):
-    print("| | flags | steps | minutes | greedy return | each seed | steps/s | lag |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| | flags | steps | minutes | greedy return | each seed | steps/s | worst | lag |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row, (script, flags, seeds) in TABLES[options.table].items():
         if not row.startswith(options.row or ""):
             continue
@@ -75,7 +85,8 @@ def main(options: Options):
         lag = ""
         if "lag_mean" in runs[0]:
             lag = f"{mean_std([r['lag_mean'] for r in runs])}, at most {max(r['lag_max'] for r in runs)}"
-        cells = row, f"`{flags}`", f"{runs[0]['env_steps']:,}", minutes, mean_std(returns), each, speed, lag
+        worst = ", ".join(f"{worst_return(folder):.0f}" for *_, folder in jobs)
+        cells = row, f"`{flags}`", f"{runs[0]['env_steps']:,}", minutes, mean_std(returns), each, speed, worst, lag
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
