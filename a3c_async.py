@@ -2,10 +2,10 @@
 
 Against a2c_sync.py: every worker process acts at its own speed, and nobody waits for a slow one. Two ways:
 
---update pooled (D6): workers act with the latest parameters they have pulled and hand over T steps at a time; as soon as
---batch-size transitions of whichever workers are there, one update is made of them and published.
 --update hogwild (arXiv 1602.01783): each worker computes the gradient of its own T steps and applies it to the shared
 parameters itself, without a lock.
+--update pooled (D6): workers act with the latest parameters they have pulled and hand over T steps at a time; as soon as
+--batch-size transitions of whichever workers are there, one update is made of them and published.
 
 So transitions come from parameters that are a few updates old (D7): their lag is measured, logged under lag/, and bounded
 by --max-lag. Equations as in a2c_sync.py:
@@ -57,8 +57,8 @@ class Args(RunArgs):
     """environments of all workers together, instead of --envs-per-worker"""
     num_steps: int = 8
     """T, steps of a worker's environments between two pulls of the parameters"""
-    update: Literal["pooled", "hogwild"] = "pooled"
-    """pooled: one update as soon as a batch has come in from whichever workers (D6); hogwild: every worker its own"""
+    update: Literal["hogwild", "pooled"] = "hogwild"
+    """hogwild: every worker its own (A3C); pooled: one as soon as a batch has come in from whichever workers (D6)"""
     batch_size: int = 128
     """transitions of a pooled update, at least: rollouts stay whole; hogwild's has those of one rollout, T x N"""
     max_lag: int | None = None

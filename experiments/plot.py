@@ -50,7 +50,7 @@ def main(options: Options):
         filled = ~np.isnan(curves).all(0)
         centres, curves = ((edges[1:] + edges[:-1]) / 2)[filled], curves[:, filled]
         mean, spread = np.nanmean(curves, 0), np.nanstd(curves, 0)
-        label = name.replace("__", ", ").replace("_", " ")
+        label = name.replace("__", ", ")
         axes.plot(centres, mean, label=f"{label} ({len(runs)} run{'s' * (len(runs) > 1)})")
         if len(runs) > 1:
             axes.fill_between(centres, mean - spread, mean + spread, alpha=0.2)

@@ -25,8 +25,8 @@ from common.optim import RMSpropA3C
 from common.workers import Snapshot, shared
 
 SCRIPT = ROOT / "a3c_async.py"
-SHORT = {"num_workers": 2, "envs_per_worker": 1, "num_steps": 5, "batch_size": 32, "total_timesteps": 600}
-SHORT |= {"eval_episodes": 2}
+SHORT = {"update": "pooled", "num_workers": 2, "envs_per_worker": 1, "num_steps": 5, "batch_size": 32}
+SHORT |= {"total_timesteps": 600, "eval_episodes": 2}
 BOTH = pytest.mark.parametrize("update", ["pooled", "hogwild"])
 
 
@@ -454,7 +454,7 @@ def test_no_process_is_left(workdir, update, how):
         "--slow-worker -1": "--slow-worker",
         "--worker-timeout 0": "--worker-timeout",
         "--batch-size 0": "--batch-size",
-        "--batch-size 200 --total-timesteps 100": "nothing would be learned",
+        "--update pooled --batch-size 200 --total-timesteps 100": "nothing would be learned",
         "--vectorization async": "give more --num-workers",
         "--slow-worker 60": "--slow-worker must be below --worker-timeout",
         "--network shared --critic-lr 0.1": "--critic-lr",
