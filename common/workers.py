@@ -91,7 +91,7 @@ class Snapshot:
                 version = int(self._version)
                 if int(self._number) == before:
                     return version
-            time.sleep(0)
+            time.sleep(PAUSE)
 
 
 @torch.no_grad()
@@ -120,9 +120,11 @@ class Worker:
 
     def wait(self):
         """Waits until the main process has taken what was handed over last."""
+        pause = PAUSE
         while self._mailbox.is_full():
             self.beat()
-            time.sleep(PAUSE)
+            time.sleep(pause)
+            pause = min(2 * pause, 50 * PAUSE)  # many that wait long would take the main process's time
 
     def send(self, **record):
         """Hands a record over."""

@@ -64,12 +64,12 @@ def test_k_pushes_are_k_gradients_and_rmsprop_steps_written_out_by_hand():
 
 
 def record_losses(monkeypatch):
-    """What every update of the main process learns from, and the parameters before it."""
+    """What every update in this process learns from, and the parameters before it."""
     records, original = [], loss_fn
 
     def record(agent, *rollout_and_args):
         weights = {name: p.detach().clone() for name, p in agent.state_dict().items()}
-        records.append((weights, rollout_and_args[:-1]))
+        records.append((weights, [x.clone() for x in rollout_and_args[:-1]]))
         return original(agent, *rollout_and_args)
 
     monkeypatch.setattr(a3c_async, "loss_fn", record)
@@ -86,7 +86,6 @@ def test_one_workers_pooled_update_is_a2c_syncs(workdir, monkeypatch, flags):
     flags["actor_lr"] = 0.01
     run(total_timesteps=100, **flags)
     args = a2c_sync.Args(
-        optimizer="rmsprop",
         ent_coef=0.03,
         actor_lr=0.01,
         **{k: v for k, v in flags.items() if k in ("network", "env_id", "max_grad_norm")},
@@ -97,15 +96,8 @@ def test_one_workers_pooled_update_is_a2c_syncs(workdir, monkeypatch, flags):
     optimizer = RMSpropA3C([{"params": list(group), "lr": args.actor_lr} for group in groups])
     assert len(records) > 8
     for (weights, rollout), (after, _) in zip(records, records[1:]):
-        obs, actions, rewards, terminated, done = rollout
         agent.load_state_dict(weights)
-        valid = 1 - done[:-1]
-        features = agent.trunk(obs)
-        values = agent.critic(features)
-        advantages, returns = a2c_sync.gae(values.detach(), rewards, terminated, done[1:], args.gamma, args.gae_lambda)
-        policy = agent.actor(features[:-1])
-        loss = a2c_sync.actor_loss_fn(policy.log_prob(actions), advantages, policy.entropy(), args.ent_coef, valid)
-        loss = loss + args.value_coef * a2c_sync.critic_loss_fn(values[:-1], returns, valid)
+        loss = a2c_loss(agent, rollout, args)
         a2c_sync.gradient_step(optimizer, loss, args.max_grad_norm)
         agent.actor.bound_std()
         for name, expected in agent.state_dict().items():
@@ -128,6 +120,54 @@ def test_a_pooled_update_has_whole_rollouts_of_consecutive_transitions(workdir, 
         assert (episode[1:] == episode[:-1] + 1)[~valid].all() and (step[1:] == 0)[~valid].all()
         learned += int(valid.sum())
     assert end["updates"] == len(records) and end["env_steps"] - batch_size - num_steps < learned <= end["env_steps"]
+
+
+def a2c_loss(agent, rollout, args):
+    """Loss of a rollout with a2c_sync.py's equations."""
+    obs, actions, rewards, terminated, done = rollout
+    valid = 1 - done[:-1]
+    features = agent.trunk(obs)
+    values = agent.critic(features)
+    advantages, returns = a2c_sync.gae(values.detach(), rewards, terminated, done[1:], args.gamma, args.gae_lambda)
+    policy = agent.actor(features[:-1])
+    loss = a2c_sync.actor_loss_fn(policy.log_prob(actions), advantages, policy.entropy(), args.ent_coef, valid)
+    return loss + args.value_coef * a2c_sync.critic_loss_fn(values[:-1], returns, valid)
+
+
+@pytest.mark.parametrize("flags", [{}, {"network": "shared"}, {"max_grad_norm": 0.1}], ids=str)
+def test_a_hogwild_workers_update_is_a2c_syncs(monkeypatch, flags):
+    """Of its own rollout, at the parameters that it pulled; others move the shared ones while it acts."""
+    records, snapshots = record_losses(monkeypatch), []
+
+    def on_beat(beat, agent, snapshot, counts):
+        if beat % 4 == 0:  # the first step of a rollout: after the pull
+            pulled.append({name: p.detach().clone() for name, p in agent.state_dict().items()})
+        if beat % 4 == 3:  # the last: what others have added
+            with torch.no_grad():
+                for p in agent.parameters():
+                    p.add_(0.01 * torch.randn_like(p))
+            snapshots.append({name: p.detach().clone() for name, p in agent.state_dict().items()})
+
+    pulled = []
+    torch.manual_seed(0)
+    scripted("hogwild", on_beat, 5, lr_decay=False, actor_lr=0.01, ent_coef=0.03, **flags)
+    args = a2c_sync.Args(actor_lr=0.01, ent_coef=0.03, **flags)
+    envs = make_envs(args, 1)
+    agent = a2c_sync.ActorCritic(envs.single_observation_space, envs.single_action_space, args)
+    groups = [agent.parameters()] if args.network == "shared" else [agent.actor.parameters(), agent.critic.parameters()]
+    optimizer = RMSpropA3C([{"params": list(group), "lr": args.actor_lr} for group in groups])
+    assert len(records) == len(snapshots) == 5
+    for (weights, rollout), before, moved, after in zip(records, pulled, snapshots, pulled[1:]):
+        assert (rollout[2] == 1 - rollout[4][:-1]).all()  # rewards: 1 but for resets
+        for name, p in before.items():
+            assert torch.equal(weights[name], p) and not torch.equal(moved[name], p)
+        agent.load_state_dict(weights)
+        optimizer.zero_grad()
+        a2c_loss(agent, rollout, args).backward()
+        agent.load_state_dict(moved)
+        a3c_async.gradient_step(agent, agent, optimizer, args.max_grad_norm)
+        for name, p in agent.state_dict().items():
+            torch.testing.assert_close(p, after[name])
 
 
 def test_hogwild_statistics_and_weights_are_those_of_the_workers(workdir):
@@ -175,8 +215,9 @@ class EndOfScript(Exception):
 def scripted(update, on_beat, records, index=0, life=0, start=0, **flags):
     """What work() hands over, the shared agent, the counts and the optimizer, after so many records."""
     args = Args(update=update, envs_per_worker=1, num_steps=4, total_timesteps=10**6, **flags)
-    agent = make_agent().share_memory()
-    groups = [{"params": list(network.parameters())} for network in (agent.actor, agent.critic)]
+    agent = make_agent(args).share_memory()
+    networks = [agent] if args.network == "shared" else [agent.actor, agent.critic]
+    groups = [{"params": list(network.parameters())} for network in networks]
     optimizer, snapshot = RMSpropA3C(groups), Snapshot(agent)
     counts = shared((2, 2), np.int64)
     worker = Scripted(lambda beat: on_beat(beat, agent, snapshot, counts), records)
@@ -351,9 +392,9 @@ def test_every_worker_has_its_own_environments_and_actions(workdir, monkeypatch)
 def test_resume_goes_on_with_weights_statistics_and_counters(workdir):
     first = run(update="hogwild")
     before = checkpoint("run")
-    end = train(Args(resume="run", total_timesteps=601))  # one rollout more
+    end = train(Args(resume="run", total_timesteps=first["env_steps"] + 1))  # one rollout more
     after = checkpoint("run")
-    assert end["env_steps"] >= 601 > 600 and end["updates"] >= first["updates"]
+    assert end["env_steps"] > first["env_steps"] and end["updates"] > first["updates"]
     assert sum(end["lag_histogram"].values()) == end["env_steps"]
     for name, p in before["parts"]["agent"].items():
         assert (p - after["parts"]["agent"][name]).abs().max() < 0.2  # not from the start again
@@ -361,6 +402,8 @@ def test_resume_goes_on_with_weights_statistics_and_counters(workdir):
     assert (squares[1] - squares[0]).abs().max() < 0.2 < (1 - squares[1]).abs().max()
     end = train(Args(resume="run", total_timesteps=1200, num_workers=3))
     assert end["env_steps"] >= 1200
+    for name, p in checkpoint("run")["parts"]["agent"].items():
+        assert (p != after["parts"]["agent"][name]).any()
 
 
 def test_resume_with_another_number_of_environments(workdir):

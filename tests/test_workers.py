@@ -242,9 +242,9 @@ def test_a_worker_that_hangs_is_replaced(start, capsys, stopped):
 def test_a_worker_that_waits_for_the_main_process_does_not_hang(start):
     workers = start(count, timeout=1.0)
     lives_until(workers, 0, 1)
-    time.sleep(3)  # mailboxes are full, nobody takes
-    for _ in range(100):
-        receive(workers)
+    for _ in range(30):  # mailboxes are full, nobody takes
+        time.sleep(0.1)
+        workers.watch()
     assert workers.replaced == 0
 
 
@@ -284,6 +284,8 @@ def test_time_in_which_the_main_process_was_stopped_does_not_count(start):
     pids = [process.pid for process in workers._processes]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.2)
+    workers.watch()  # hears their last beats
     time.sleep(2.5)  # all stopped, as by Ctrl-Z
     workers.watch()
     for pid in pids:
