@@ -103,9 +103,10 @@ def check(args: Args):
             "--critic-lr needs a critic of its own; with --network shared, use --actor-lr and --value-coef."
         )
     if args.num_envs is not None and args.num_envs != args.num_workers * envs_of_a_worker(args):
+        each = args.envs_per_worker or "the same number of"
         raise UserError(
-            f"--num-envs {args.num_envs} is not {args.num_workers} workers times {envs_of_a_worker(args)} environments; "
-            "give --num-workers and --envs-per-worker."
+            f"--num-envs {args.num_envs} is not {args.num_workers} workers times {each} environments; "
+            "give --envs-per-worker and --num-envs None."
         )
 
 

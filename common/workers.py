@@ -25,7 +25,8 @@ from tqdm import tqdm
 from common.errors import UserError
 
 PAUSE = 2e-4  # seconds between two looks at a counter
-STARTUP = 120.0  # seconds that a new worker has for its imports and its environments
+STARTUP = 300.0  # seconds that a new worker has for its imports and its environments
+RECENT = 120.0  # seconds within which failures of all workers in the same place end the run
 MAX_REPLACED = 100  # workers in one run
 
 
@@ -267,8 +268,8 @@ class Workers:
             frames = text.rpartition("\n  ")[0]  # without the message, which may hold numbers
             before = self._failures.get(index, (-math.inf, ""))
             self._failures[index] = now, frames
-            recent = [frames for when, frames in self._failures.values() if now - when < STARTUP]
-            again = before[1] == frames and now - before[0] < STARTUP
+            recent = [frames for when, frames in self._failures.values() if now - when < RECENT]
+            again = before[1] == frames and now - before[0] < RECENT
             if len(recent) == num and len(set(recent)) == 1 and (num > 1 or again):
                 raise UserError(f"every worker fails in the same place:\n{text}")
             return f"failed:\n{text}"

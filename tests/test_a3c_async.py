@@ -413,7 +413,7 @@ def test_resume_with_another_number_of_environments(workdir):
     for num_envs in (8, 4):
         train(Args(resume="run", total_timesteps=1000 - 100 * num_envs, num_envs=num_envs))
         assert json.loads(Path("run/args.json").read_text())["num_envs"] == num_envs
-    with pytest.raises(UserError, match="--num-envs 6 is not 4 workers times 1 environments"):
+    with pytest.raises(UserError, match="--num-envs 6 is not 4 workers times the same number of environments"):
         train(Args(resume="run", num_envs=6))
 
 
@@ -489,8 +489,8 @@ def test_no_process_is_left(workdir, update, how):
     "words, sentence",
     {
         "--device cuda": "use --device cpu",
-        "--num-envs 3 --num-workers 2": "give --num-workers and --envs-per-worker",
-        "--num-envs 4 --envs-per-worker 3": "give --num-workers and --envs-per-worker",
+        "--num-envs 3 --num-workers 2": "not 2 workers times the same number of environments; give --envs-per-worker",
+        "--num-envs 4 --envs-per-worker 3": "not 4 workers times 3 environments; give --envs-per-worker and --num-envs None",
         "--num-workers 0": "--num-workers",
         "--envs-per-worker 0": "--envs-per-worker",
         "--max-lag -1": "--max-lag",
