@@ -21,7 +21,6 @@ by --max-lag. Equations as in a2c_sync.py:
 
     python a3c_async.py                                         CartPole-v1: greedy return 500 in a minute
     python a3c_async.py --env-id Acrobot-v1 --total-timesteps 200000      greedy return -82
-    python a3c_async.py --env-id ALE/Pong-v5 --network shared --num-steps 16 --total-timesteps 1000000
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP): it is not a transition, and
 `valid` keeps it out of losses and counts. In return every obs[t + 1] is the true successor of obs[t].
