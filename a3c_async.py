@@ -58,7 +58,7 @@ class Args(RunArgs):
     num_steps: int = 8
     """T, steps of a worker's environments between two pulls of the parameters"""
     update: Literal["hogwild", "pooled"] = "hogwild"
-    """hogwild: every worker its own (A3C); pooled: one as soon as a batch has come in from whichever workers (D6)"""
+    """hogwild: every worker updates by itself (A3C); pooled: one update of what whichever workers handed over (D6)"""
     batch_size: int = 128
     """transitions of a pooled update, at least: rollouts stay whole; hogwild's has those of one rollout, T x N"""
     max_lag: int | None = None
@@ -110,9 +110,9 @@ def check(args: Args):
 
 
 def envs_of_a_worker(args: Args) -> int:
-    if args.num_envs is None or args.envs_per_worker is not None:
-        return args.envs_per_worker or 4
-    return max(1, args.num_envs // args.num_workers)
+    if args.num_envs is not None and args.envs_per_worker is None:
+        return max(1, args.num_envs // args.num_workers)
+    return args.envs_per_worker or 4
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------

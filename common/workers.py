@@ -46,13 +46,16 @@ class Mailbox:
         self._bytes = shared((self._dtype.itemsize,), np.uint8)
         self._counters = shared((2,), np.int64)  # records sent, records received
 
+    def _record(self) -> np.ndarray:
+        return self._bytes.numpy().view(self._dtype)[0]
+
     def is_full(self) -> bool:
         sent, received = self._counters.tolist()
         return sent > received
 
     def put(self, **record):
         """Copies a record into the mailbox, which must be empty."""
-        place = self._bytes.numpy().view(self._dtype)[0]
+        place = self._record()
         for name in self._dtype.names:
             place[name] = record[name]
         self._counters[0] += 1
@@ -61,7 +64,7 @@ class Mailbox:
         """The record, if there is one."""
         if not self.is_full():
             return None
-        place = self._bytes.numpy().view(self._dtype)[0]
+        place = self._record()
         record = {name: np.array(place[name]) for name in self._dtype.names}
         self._counters[1] += 1
         return record

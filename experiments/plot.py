@@ -5,12 +5,12 @@
 Needs the extra: pip install -e ".[plot]"
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
+from runs import training_episodes
 
 
 @dataclass
@@ -23,13 +23,6 @@ class Options:
     """points of a curve, each the mean over the episodes that ended in its share of the steps"""
 
 
-def returns(run_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Environment steps and returns of all training episodes, each (episodes,)."""
-    with open(run_dir / "metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["tag"] == "charts/episodic_return"]
-    return np.array([int(row["env_steps"]) for row in rows]), np.array([float(row["value"]) for row in rows])
-
-
 def main(options: Options):
     import matplotlib
 
@@ -38,12 +31,13 @@ def main(options: Options):
 
     groups = {}
     for run_dir in map(Path, options.run_dirs):
-        groups.setdefault(run_dir.name.rpartition("__")[0] or run_dir.name, []).append(returns(run_dir))
+        groups.setdefault(run_dir.name.rpartition("__")[0] or run_dir.name, []).append(training_episodes(run_dir))
     figure, axes = plt.subplots(figsize=(6, 3.2 + 0.25 * len(groups)))
     for name, runs in groups.items():
-        edges = np.linspace(0, max(steps[-1] for steps, _ in runs), options.points + 1)
+        edges = np.linspace(0, max(run[-1][0] for run in runs), options.points + 1)
         curves = np.full((len(runs), options.points), np.nan)
-        for i, (steps, values) in enumerate(runs):
+        for i, run in enumerate(runs):
+            steps, _, values = np.array(run).T
             share = np.digitize(steps, edges[1:-1])
             for k in np.unique(share):
                 curves[i, k] = values[share == k].mean()

@@ -31,24 +31,26 @@ def run(
     """
     if not (run_dir / "results.json").exists():
         call(script, "--run-dir", run_dir, "--seed", seed, *flags.split())
-    results, returns = json.loads((run_dir / "results.json").read_text()), deque(maxlen=episodes)
+    results, last = json.loads((run_dir / "results.json").read_text()), deque(maxlen=episodes)
     results |= {"solved_steps": None, "solved_seconds": None}
-    with open(run_dir / "metrics.csv") as file:
-        for row in csv.DictReader(file):
-            if row["tag"] == "charts/episodic_return":
-                returns.append(float(row["value"]))
-                if len(returns) == episodes and mean(returns) >= threshold:
-                    results |= {"solved_steps": int(row["env_steps"]), "solved_seconds": float(row["seconds"])}
-                    break
+    for env_steps, seconds, episodic_return in training_episodes(run_dir):
+        last.append(episodic_return)
+        if len(last) == episodes and mean(last) >= threshold:
+            return results | {"solved_steps": env_steps, "solved_seconds": seconds}
     return results
+
+
+def training_episodes(run_dir: Path) -> list[tuple[int, float, float]]:
+    """Environment steps, seconds and return of every training episode, in the order in which they ended."""
+    with open(run_dir / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["tag"] == "charts/episodic_return"]
+    return [(int(row["env_steps"]), float(row["seconds"]), float(row["value"])) for row in rows]
 
 
 def worst_return(run_dir: Path, episodes: int = 20) -> float:
     """Lowest mean training return of `episodes` episodes in a row that ended in the second half of the steps."""
-    with open(run_dir / "metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["tag"] == "charts/episodic_return"]
-    half = int(rows[-1]["env_steps"]) / 2
-    returns = [float(row["value"]) for row in rows if int(row["env_steps"]) > half]
+    rows = training_episodes(run_dir)
+    returns = [episodic_return for env_steps, _, episodic_return in rows if env_steps > rows[-1][0] / 2]
     return min((mean(returns[i : i + episodes]) for i in range(len(returns) - episodes + 1)), default=mean(returns))
 
 

@@ -403,11 +403,14 @@ def race(options: Options):
         "a3c_async.py, pooled": ("a3c_async.py", "--num-envs 16 --update pooled"),
         "a3c_async.py, hogwild": ("a3c_async.py", "--num-envs 16 --update hogwild"),
     }
-    for name, (script, flags) in sides.items():
-        runs = [ours(flags, 500_000, seed, script) for seed in range(1, options.seeds + 1)]
-        line(name + ": seconds", runs, "solved_seconds", 1)
-        line(name + ": steps", runs, "solved_steps")
-        line(name + ": steps/s", runs)
+    runs = {name: [] for name in sides}
+    for seed in range(1, options.seeds + 1):
+        for name, (script, flags) in sides.items():
+            runs[name].append(ours(flags, 500_000, seed, script))
+    for name, each in runs.items():
+        line(name + ": seconds", each, "solved_seconds", 1)
+        line(name + ": steps", each, "solved_steps")
+        line(name + ": steps/s", each)
 
 
 def worker(spec: dict) -> dict:

@@ -7,7 +7,8 @@
     python experiments/tables.py bias --at-a-time 1         what gradients of old and of new parameters do with old actions
     python experiments/tables.py sac                        hours; needs pip install -e ".[bench,mujoco]"
 
-Prints mean ± std over seeds; "worst" is the lowest mean of 20 training episodes in a row in a run's second half. The folders of the runs are what experiments/plot.py wants.
+Prints mean ± std over seeds; "worst" is the lowest mean of 20 training episodes in a row in a run's second half.
+The folders of the runs are what experiments/plot.py wants.
 """
 
 from dataclasses import dataclass

@@ -63,12 +63,39 @@ def test_k_pushes_are_k_gradients_and_rmsprop_steps_written_out_by_hand():
         torch.testing.assert_close(p.detach(), expected)
 
 
+def weights_of(agent):
+    return {name: p.detach().clone() for name, p in agent.state_dict().items()}
+
+
+def optimizer_of(agent, args):
+    """RMSProp with a group for each network, as in both scripts."""
+    networks = [agent] if args.network == "shared" else [agent.actor, agent.critic]
+    return RMSpropA3C([{"params": list(network.parameters()), "lr": args.actor_lr} for network in networks])
+
+
+def a2c_agent(args):
+    envs = make_envs(args, 1)
+    return a2c_sync.ActorCritic(envs.single_observation_space, envs.single_action_space, args)
+
+
+def a2c_loss(agent, rollout, args):
+    """Loss of a rollout with a2c_sync.py's equations."""
+    obs, actions, rewards, terminated, done = rollout
+    valid = 1 - done[:-1]
+    features = agent.trunk(obs)
+    values = agent.critic(features)
+    advantages, returns = a2c_sync.gae(values.detach(), rewards, terminated, done[1:], args.gamma, args.gae_lambda)
+    policy = agent.actor(features[:-1])
+    loss = a2c_sync.actor_loss_fn(policy.log_prob(actions), advantages, policy.entropy(), args.ent_coef, valid)
+    return loss + args.value_coef * a2c_sync.critic_loss_fn(values[:-1], returns, valid)
+
+
 def record_losses(monkeypatch):
     """What every update in this process learns from, and the parameters before it."""
     records, original = [], loss_fn
 
     def record(agent, *rollout_and_args):
-        weights = {name: p.detach().clone() for name, p in agent.state_dict().items()}
+        weights = weights_of(agent)
         records.append((weights, [x.clone() for x in rollout_and_args[:-1]]))
         return original(agent, *rollout_and_args)
 
@@ -90,10 +117,8 @@ def test_one_workers_pooled_update_is_a2c_syncs(workdir, monkeypatch, flags):
         actor_lr=0.01,
         **{k: v for k, v in flags.items() if k in ("network", "env_id", "max_grad_norm")},
     )
-    envs = make_envs(args, 1)
-    agent = a2c_sync.ActorCritic(envs.single_observation_space, envs.single_action_space, args)
-    groups = [agent.parameters()] if args.network == "shared" else [agent.actor.parameters(), agent.critic.parameters()]
-    optimizer = RMSpropA3C([{"params": list(group), "lr": args.actor_lr} for group in groups])
+    agent = a2c_agent(args)
+    optimizer = optimizer_of(agent, args)
     assert len(records) > 8
     for (weights, rollout), (after, _) in zip(records, records[1:]):
         agent.load_state_dict(weights)
@@ -122,49 +147,34 @@ def test_a_pooled_update_has_whole_rollouts_of_consecutive_transitions(workdir, 
     assert end["updates"] == len(records) and end["env_steps"] - batch_size - num_steps < learned <= end["env_steps"]
 
 
-def a2c_loss(agent, rollout, args):
-    """Loss of a rollout with a2c_sync.py's equations."""
-    obs, actions, rewards, terminated, done = rollout
-    valid = 1 - done[:-1]
-    features = agent.trunk(obs)
-    values = agent.critic(features)
-    advantages, returns = a2c_sync.gae(values.detach(), rewards, terminated, done[1:], args.gamma, args.gae_lambda)
-    policy = agent.actor(features[:-1])
-    loss = a2c_sync.actor_loss_fn(policy.log_prob(actions), advantages, policy.entropy(), args.ent_coef, valid)
-    return loss + args.value_coef * a2c_sync.critic_loss_fn(values[:-1], returns, valid)
-
-
 @pytest.mark.parametrize("flags", [{}, {"network": "shared"}, {"max_grad_norm": 0.1}], ids=str)
 def test_a_hogwild_workers_update_is_a2c_syncs(monkeypatch, flags):
     """Of its own rollout, at the parameters that it pulled; others move the shared ones while it acts."""
-    records, snapshots = record_losses(monkeypatch), []
+    records, pulled, moved = record_losses(monkeypatch), [], []
 
     def on_beat(beat, agent, snapshot, counts):
         if beat % 4 == 0:  # the first step of a rollout: after the pull
-            pulled.append({name: p.detach().clone() for name, p in agent.state_dict().items()})
+            pulled.append(weights_of(agent))
         if beat % 4 == 3:  # the last: what others have added
             with torch.no_grad():
                 for p in agent.parameters():
                     p.add_(0.01 * torch.randn_like(p))
-            snapshots.append({name: p.detach().clone() for name, p in agent.state_dict().items()})
+            moved.append(weights_of(agent))
 
-    pulled = []
     torch.manual_seed(0)
     scripted("hogwild", on_beat, 5, lr_decay=False, actor_lr=0.01, ent_coef=0.03, **flags)
     args = a2c_sync.Args(actor_lr=0.01, ent_coef=0.03, **flags)
-    envs = make_envs(args, 1)
-    agent = a2c_sync.ActorCritic(envs.single_observation_space, envs.single_action_space, args)
-    groups = [agent.parameters()] if args.network == "shared" else [agent.actor.parameters(), agent.critic.parameters()]
-    optimizer = RMSpropA3C([{"params": list(group), "lr": args.actor_lr} for group in groups])
-    assert len(records) == len(snapshots) == 5
-    for (weights, rollout), before, moved, after in zip(records, pulled, snapshots, pulled[1:]):
+    agent = a2c_agent(args)
+    optimizer = optimizer_of(agent, args)
+    assert len(records) == len(moved) == 5
+    for (weights, rollout), before, others, after in zip(records, pulled, moved, pulled[1:]):
         assert (rollout[2] == 1 - rollout[4][:-1]).all()  # rewards: 1 but for resets
         for name, p in before.items():
-            assert torch.equal(weights[name], p) and not torch.equal(moved[name], p)
+            assert torch.equal(weights[name], p) and not torch.equal(others[name], p)
         agent.load_state_dict(weights)
         optimizer.zero_grad()
         a2c_loss(agent, rollout, args).backward()
-        agent.load_state_dict(moved)
+        agent.load_state_dict(others)
         a3c_async.gradient_step(agent, agent, optimizer, args.max_grad_norm)
         for name, p in agent.state_dict().items():
             torch.testing.assert_close(p, after[name])
@@ -216,9 +226,7 @@ def scripted(update, on_beat, records, index=0, life=0, start=0, **flags):
     """What work() hands over, the shared agent, the counts and the optimizer, after so many records."""
     args = Args(update=update, envs_per_worker=1, num_steps=4, total_timesteps=10**6, **flags)
     agent = make_agent(args).share_memory()
-    networks = [agent] if args.network == "shared" else [agent.actor, agent.critic]
-    groups = [{"params": list(network.parameters())} for network in networks]
-    optimizer, snapshot = RMSpropA3C(groups), Snapshot(agent)
+    optimizer, snapshot = optimizer_of(agent, args), Snapshot(agent)
     counts = shared((2, 2), np.int64)
     worker = Scripted(lambda beat: on_beat(beat, agent, snapshot, counts), records)
     worker.index, worker.life = index, life
