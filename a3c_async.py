@@ -81,6 +81,8 @@ class Args(RunArgs):
     """learning rate of the actor; with --network shared of everything"""
     critic_lr: float | None = None
     """learning rate of the critic; by default that of the actor"""
+    rmsprop_eps: float = 1e-5
+    """ε inside RMSProp's root; must be below the squared gradients of single weights, so 1e-8 for images (docs)"""
     lr_decay: bool = True
     """let the learning rates fall linearly to 0 at --total-timesteps"""
     max_grad_norm: float = math.inf
@@ -440,7 +442,7 @@ def train(args: Args) -> dict:
         groups = [{"params": list(agent.parameters())}]
     else:
         groups = [{"params": list(agent.actor.parameters())}, {"params": list(agent.critic.parameters())}]
-    optimizer = RMSpropA3C(groups)
+    optimizer = RMSpropA3C(groups, eps=args.rmsprop_eps)
     snapshot = Snapshot(agent)
     counts = shared((2, args.num_workers), np.int64)
     lags = Lags()

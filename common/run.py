@@ -67,7 +67,7 @@ RANGES = {
     "(0, 1]": "tau",
     "[0, 4294967295]": "seed",
     "[0, inf)": "ent_coef value_coef learning_starts max_lag slow_worker",
-    "(0, inf)": "actor_lr critic_lr worker_timeout",
+    "(0, inf)": "actor_lr critic_lr rmsprop_eps worker_timeout",
     "(0, 1000]": "updates_per_step",
     "(0, inf]": "max_grad_norm",
 }

@@ -1,9 +1,10 @@
-"""How many features of a run's shared trunk still live: ReLUs that no frame lifts above 0 learn nothing any more.
+"""What training has done to a run's shared trunk of images: ReLUs that no frame lifts above 0 learn nothing any more.
 
-    python a3c_async.py --env-id ALE/Pong-v5 --network shared --num-steps 16 --total-timesteps 1000000 --run-dir runs/pong
+    python a3c_async.py --env-id ALE/Pong-v5 --network shared --total-timesteps 200000 --run-dir runs/pong
     python experiments/alive.py runs/pong
 
-Prints the share of features above 0 in some frame, and how far V differs between frames, before and after training.
+Prints, before and after training, for every layer the share of its features (of a convolution: channels) that are above
+0 in some frame, and how far its outputs differ between frames, as a share of their length; and the standard deviation of V.
 """
 
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn as nn
 import tyro
 from runs import ROOT
 
@@ -41,11 +43,19 @@ def main(options: Options):
     fresh = type(trained)(envs.single_observation_space, envs.single_action_space, args)
     envs.close()
     for name, agent in (("before", fresh), ("after", trained)):
-        features = agent.trunk(frames)
-        alive = (features.amax(0) > 0).float().mean()
-        print(
-            f"{name} training: {alive:.0%} of {features.shape[1]} features alive, std of V {agent.critic(features).std():.3f}"
-        )
+        print(f"{name} training: std of V {agent.critic(agent.trunk(frames)).std():.3f}")
+        outputs = frames / 255.0
+        for module in agent.trunk.modules():
+            if not isinstance(module, (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten)):
+                continue  # a container
+            outputs = module(outputs)
+            if isinstance(module, nn.ReLU):
+                highest = outputs.amax([dim for dim in range(outputs.dim()) if dim != 1])
+                length, difference = outputs.flatten(1).norm(dim=1).mean(), (outputs - outputs.mean(0)).flatten(1)
+                print(
+                    f"    {(highest > 0).float().mean():4.0%} of {len(highest):3} alive, "
+                    f"frames differ by {difference.norm(dim=1).mean() / length:.1%}"
+                )
 
 
 if __name__ == "__main__":

@@ -414,6 +414,25 @@ def test_resume_goes_on_with_weights_statistics_and_counters(workdir):
         assert (p != after["parts"]["agent"][name]).any()
 
 
+def test_epsilon_of_the_flag_is_the_optimizers_and_wins_on_resume(workdir, monkeypatch):
+    steps, original = [], gradient_step
+
+    def record(agent, shared_agent, optimizer, max_grad_norm):
+        before = weights_of(shared_agent)
+        original(agent, shared_agent, optimizer, max_grad_norm)
+        p, square = shared_agent.critic.head.weight, optimizer.state[shared_agent.critic.head.weight]["square_avg"]
+        moved, lr = (p - before["critic.head.weight"]).norm(), optimizer.param_groups[1]["lr"]
+        steps.append((moved / (lr * p.grad / (square + epsilon).sqrt()).norm()).item())
+
+    monkeypatch.setattr(a3c_async, "gradient_step", record)
+    epsilon = 100.0
+    run(rmsprop_eps=epsilon)
+    assert steps == pytest.approx([1.0] * len(steps), rel=1e-3) and steps
+    epsilon = 1e-8
+    train(Args(resume="run", total_timesteps=1000, rmsprop_eps=epsilon))
+    assert steps == pytest.approx([1.0] * len(steps), rel=1e-3)
+
+
 def test_resume_with_another_number_of_environments(workdir):
     args = Args(run_dir="run", total_timesteps=200, eval_episodes=1)
     train(args)
@@ -505,6 +524,7 @@ def test_no_process_is_left(workdir, update, how):
         "--slow-worker -1": "--slow-worker",
         "--worker-timeout 0": "--worker-timeout",
         "--batch-size 0": "--batch-size",
+        "--rmsprop-eps 0": "--rmsprop-eps",
         "--update pooled --batch-size 200 --total-timesteps 100": "nothing would be learned",
         "--vectorization async": "give more --num-workers",
         "--slow-worker 60": "--slow-worker must be below --worker-timeout",
