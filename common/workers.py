@@ -26,7 +26,7 @@ from common.errors import UserError
 
 PAUSE = 2e-4  # seconds between two looks at a counter
 STARTUP = 300.0  # seconds that a new worker has for its imports and its environments
-RECENT = 120.0  # seconds within which failures of all workers in the same place end the run
+RECENT = 120.0  # seconds: when all workers fail in one place within them, and none had worked longer, the run ends
 MAX_REPLACED = 100  # workers in one run
 
 
@@ -206,6 +206,7 @@ class Workers:
         self._mailboxes = [Mailbox(fields) for _ in range(num)]
         self._beats, self._errors = shared((num,), np.float64), shared((num, 8192), np.uint8)
         self._processes, self._lives = [None] * num, [0] * num
+        self._began = [math.inf] * num  # first beat of a worker's
         self._heard, self._silence = [0.0] * num, [0.0] * num  # last beat of a worker, seconds since
         self._failures = {}  # worker -> time and traceback of the last time that it raised
         self._stillborn = 0  # workers in a row that died before they began
@@ -221,6 +222,7 @@ class Workers:
     def _start(self, index: int):
         self._beats[index] = self._errors[index] = 0
         self._heard[index] = self._silence[index] = 0.0
+        self._began[index] = math.inf
         worker = Worker(index, self._lives[index], self._mailboxes[index], self._beats, self._errors)
         process = mp.get_context("spawn").Process(target=worker.run, args=(self._target, self._args), daemon=True)
         resource_tracker.ensure_running()  # it would lift the mask
@@ -256,6 +258,7 @@ class Workers:
             allowed = self._timeout if beat else max(self._timeout, STARTUP)
             if beat:
                 self._stillborn = 0
+                self._began[index] = min(self._began[index], now)
             self._silence[index] = self._silence[index] + passed if beat == self._heard[index] else 0.0
             self._heard[index] = beat
             if process.exitcode is not None:
@@ -270,7 +273,8 @@ class Workers:
         if text:
             frames = text.rpartition("\n  ")[0]  # without the message, which may hold numbers
             before = self._failures.get(index, (-math.inf, ""))
-            self._failures[index] = now, frames
+            if now - self._began[index] < RECENT:  # else it works, and fails now and then
+                self._failures[index] = now, frames
             recent = [frames for when, frames in self._failures.values() if now - when < RECENT]
             again = before[1] == frames and now - before[0] < RECENT
             if len(recent) == num and len(set(recent)) == 1 and (num > 1 or again):

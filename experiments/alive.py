@@ -4,7 +4,9 @@
     python experiments/alive.py runs/pong
 
 Prints, before and after training, for every layer the share of its features (of a convolution: channels) that are above
-0 in some frame, and how far its outputs differ between frames, as a share of their length; and the standard deviation of V.
+0 in some frame, and how far its outputs differ between frames, as a share of their length; the standard deviation of V;
+and how much faster gradient descent moves V's mean over frames than differences between them: the gain of the mean
+and the largest of a difference, in the Gram matrix of V's gradients at about 24 frames, divided by their number.
 """
 
 import sys
@@ -30,6 +32,17 @@ class Options:
     """steps with random actions, in four environments"""
 
 
+@torch.enable_grad()
+def gains(agent: nn.Module, frames: torch.Tensor) -> tuple[float, float]:
+    """<grad V(s_i), grad V(s_j)> / K of K frames: its gain for V's mean over them, the largest for what is left."""
+    parameters = [*agent.trunk.parameters(), *agent.critic.parameters()]
+    values = [agent.critic(agent.trunk(frame[None])).sum() for frame in frames]
+    gradients = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(v, parameters)]) for v in values])
+    differences = gradients - gradients.mean(0)
+    of_differences = torch.linalg.eigvalsh(differences @ differences.T)[-1] / len(frames)
+    return gradients.mean(0).square().sum().item(), of_differences.item()
+
+
 @torch.no_grad()
 def main(options: Options):
     trained, args, env_state, _ = load_agent(options.run_dir)
@@ -44,6 +57,8 @@ def main(options: Options):
     envs.close()
     for name, agent in (("before", fresh), ("after", trained)):
         print(f"{name} training: std of V {agent.critic(agent.trunk(frames)).std():.3f}")
+        of_mean, of_differences = gains(agent, frames[:: max(1, len(frames) // 24)])
+        print(f"    gain of V's mean {of_mean:.3g}, of differences between frames at most {of_differences:.3g}")
         outputs = frames / 255.0
         for module in agent.trunk.modules():
             if not isinstance(module, (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten)):

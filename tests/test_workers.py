@@ -213,18 +213,23 @@ def test_a_fault_that_all_workers_hit_ends_with_its_traceback(start):
     assert time.time() - begin < 60 and workers.replaced <= 2
 
 
-def test_faults_far_apart_are_not_those_of_all(monkeypatch):
+def test_faults_far_apart_or_of_old_workers_are_not_those_of_all(monkeypatch):
     workers, clock = Workers(count, 2, {"number": ((3,), np.int64)}, 60.0), [0.0]
     monkeypatch.setattr(workers_module.time, "monotonic", lambda: clock[0])
 
-    def fail(index, line, hours):
+    def fail(index, line, hours, age=5.0):
         clock[0] += 3600 * hours
+        workers._began[index] = clock[0] - age
         text = f'File "x.py", line {line}\n  code\nValueError: {clock}'.encode()
         workers._errors[index, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return workers._cause(index, 1)
 
     for index, line in ((0, 1), (1, 2), (0, 1), (1, 1), (1, 1)):  # in one place, but never both within two minutes
         assert "ValueError" in fail(index, line, hours=1)
+    for index in (0, 1, 0, 1):  # at the same time, but after a long life
+        assert "ValueError" in fail(index, 1, hours=0.001, age=200.0)
+    clock[0] += 3600
+    assert "ValueError" in fail(1, 1, hours=1)
     with pytest.raises(UserError, match="same place"):
         fail(0, 1, hours=0.01)
 
