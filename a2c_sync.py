@@ -52,7 +52,7 @@ class Args(RunArgs):
     ent_coef: float = 0.01
     """β, weight of the entropy bonus"""
     value_coef: float = 0.5
-    """c, weight of the critic's loss; matters where the networks share a trunk"""
+    """c, weight of the critic's loss; for networks that share a trunk, others have --critic-lr"""
     actor_lr: float = 1e-2
     """learning rate of the actor; with --network shared of everything"""
     critic_lr: float | None = None

@@ -76,7 +76,7 @@ class Args(RunArgs):
     ent_coef: float = 0.01
     """β, weight of the entropy bonus"""
     value_coef: float = 0.5
-    """c, weight of the critic's loss; matters where the networks share a trunk"""
+    """c, weight of the critic's loss; for networks that share a trunk, others have --critic-lr"""
     actor_lr: float = 2.5e-3
     """learning rate of the actor; with --network shared of everything"""
     critic_lr: float | None = None
@@ -363,7 +363,6 @@ def work(worker: Worker, args: Args, start: int, shared_agent: ActorCritic, snap
     torch.manual_seed(seed)
     T, N = args.num_steps, envs_of_a_worker(args)
     envs = worker.owns(make_envs(args, N))
-    worker.beat()
     space, action_space = envs.single_observation_space, envs.single_action_space
     agent = ActorCritic(space, action_space, args)
 
@@ -373,6 +372,7 @@ def work(worker: Worker, args: Args, start: int, shared_agent: ActorCritic, snap
     rewards, terminated = np.zeros((T, N), np.float32), np.zeros((T, N), np.float32)
     done = np.zeros((T + 1, N), np.float32)  # done[t]: s_t ended its episode, step t only resets
     obs[T] = envs.reset(seed=seed)[0]
+    worker.beat()
 
     while True:
         while counts[STEPS].sum() >= args.total_timesteps:  # enough: the main process will end this one
@@ -403,7 +403,7 @@ def work(worker: Worker, args: Args, start: int, shared_agent: ActorCritic, snap
                 time.sleep(args.slow_worker)
         steps = T * N - int(done[:-1].sum())
         if steps == 0:
-            continue  # T = N = 1 and the step was a reset
+            continue  # T = 1, and that step only reset
         handed = {"steps": steps, "episodes": episodes}
         rollout = {"obs": obs, "actions": actions, "rewards": rewards, "terminated": terminated, "done": done}
 

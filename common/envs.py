@@ -81,6 +81,8 @@ class EpisodeStatistics(VectorWrapper):
         self._returns += rewards  # of a step that only resets: 0
         self._lengths += 1
         ended = terminated | truncated
+        for name in ("episode", "_episode"):  # an environment's own
+            infos.pop(name, None)
         if ended.any():
             infos["_episode"] = ended
             infos["episode"] = {"r": self._returns.copy(), "l": self._lengths.copy()}

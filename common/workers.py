@@ -149,6 +149,7 @@ class Worker:
         except BaseException:
             text = traceback.format_exc().encode()[-self._errors.shape[1] :]
             self._errors[self.index, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            signal.alarm(5)  # the end, if close() waits for a simulator that is broken
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for thing in self._owned:
             thing.close()

@@ -199,7 +199,8 @@ class Scripted:
     index, life = 0, 0
 
     def __init__(self, on_beat, records):
-        self.on_beat, self.records, self.beats, self.sent = on_beat, records, -1, []
+        self.on_beat, self.records, self.beats = on_beat, records, -1
+        self.sent, self.counted, self.counts = [], [], None
 
     def owns(self, envs):
         return envs
@@ -214,6 +215,7 @@ class Scripted:
 
     def send(self, **record):
         self.sent.append({name: torch.as_tensor(value).numpy().copy() for name, value in record.items()})
+        self.counted.append(int(self.counts[STEPS, 0]))
         if len(self.sent) == self.records:
             raise EndOfScript
 
@@ -222,17 +224,22 @@ class EndOfScript(Exception):
     pass
 
 
-def scripted(update, on_beat, records, index=0, life=0, start=0, **flags):
-    """What work() hands over, the shared agent, the counts and the optimizer, after so many records."""
+def scripted(*args, **flags):
+    """What work() hands over, the optimizer and the counts, after so many records."""
+    worker, optimizer, counts = scripted_worker(*args, **flags)
+    return worker.sent, optimizer, counts
+
+
+def scripted_worker(update, on_beat, records, index=0, life=0, start=0, **flags):
     args = Args(update=update, envs_per_worker=1, num_steps=4, total_timesteps=10**6, **flags)
     agent = make_agent(args).share_memory()
     optimizer, snapshot = optimizer_of(agent, args), Snapshot(agent)
     counts = shared((2, 2), np.int64)
     worker = Scripted(lambda beat: on_beat(beat, agent, snapshot, counts), records)
-    worker.index, worker.life = index, life
+    worker.index, worker.life, worker.counts = index, life, counts
     with pytest.raises(EndOfScript):
         a3c_async.work(worker, args, start, agent, snapshot, optimizer, counts)
-    return worker.sent, optimizer, counts
+    return worker, optimizer, counts
 
 
 def test_pooled_transitions_know_the_version_that_made_them():
@@ -253,6 +260,13 @@ def test_hogwild_lag_is_the_updates_of_others_since_the_pull():
     sent, _, counts = scripted("hogwild", others, 4)
     assert [int(record["lag"]) for record in sent] == [3, 0, 5, 0]
     assert counts[UPDATES].tolist() == [4, 8]
+
+
+def test_steps_count_when_they_have_been_handed_over():
+    """A worker killed between the two would otherwise leave steps that the main process waits for in vain."""
+    worker, _, _ = scripted_worker("hogwild", lambda *_: None, 4)
+    steps = [int(record["steps"]) for record in worker.sent]
+    assert worker.counted == [sum(steps[:k]) for k in range(4)] and sum(steps) > 12
 
 
 def test_workers_lives_and_resumed_runs_have_noise_of_their_own():
@@ -311,12 +325,16 @@ def test_hogwild_drops_what_is_too_old():
 
 @BOTH
 @pytest.mark.parametrize("max_lag", [0, 1])
-def test_max_lag(workdir, update, max_lag):
+def test_max_lag(workdir, monkeypatch, update, max_lag):
     flags = {"env_id": "toy_envs:Slow-v0", "num_workers": 3, "batch_size": 10}  # slow: all take part
+    records = record_losses(monkeypatch)
     end = run(update=update, max_lag=max_lag, **flags)
     histogram = Counter({int(lag): steps for lag, steps in end["lag_histogram"].items()})
     assert max(histogram) <= max_lag and (end["dropped"] > 0 or max_lag > 0)
     assert sum(histogram.values()) + end["dropped"] == end["env_steps"]
+    if update == "pooled":  # hogwild's workers learn elsewhere
+        learned = sum(int((1 - done[:-1]).sum()) for _, (*_, done) in records)
+        assert sum(histogram.values()) - 15 < learned <= sum(histogram.values())
     assert end["lag_max"] == max(histogram) and end["lag_mean"] == pytest.approx(
         sum(lag * steps for lag, steps in histogram.items()) / sum(histogram.values())
     )

@@ -493,6 +493,11 @@ def test_episode_statistics_are_gymnasiums(workdir):
     assert episodes > 50
 
 
+def test_an_environments_own_episode_is_none_of_ours(workdir):
+    end = train(Args(run_dir="run", env_id="toy_envs:Talkative-v0", total_timesteps=200, eval_episodes=2))
+    assert end["train_return_mean"] == end["eval_return_mean"] == 10
+
+
 def test_normalization_is_saved_and_frozen_in_evaluation(workdir):
     train(
         Args(

@@ -161,6 +161,19 @@ def hang_in_first_life(worker):
     count(worker)
 
 
+class Frozen:
+    """A simulator that will never answer."""
+
+    def close(self):
+        time.sleep(10**6)
+
+
+def raise_beside_a_frozen_simulator(worker):
+    worker.owns(Frozen())
+    worker.beat()
+    raise ValueError("broken")
+
+
 @pytest.fixture
 def start():
     started = []
@@ -211,6 +224,12 @@ def test_a_fault_that_all_workers_hit_ends_with_its_traceback(start):
         while True:
             receive(workers)
     assert time.time() - begin < 60 and workers.replaced <= 2
+
+
+def test_a_close_that_hangs_does_not_hide_the_traceback(start):
+    workers = start(raise_beside_a_frozen_simulator)
+    with pytest.raises(UserError, match="(?s)every worker fails in the same place.*ValueError: broken"):
+        receive(workers, timeout=50.0)  # less than it takes to find out that a worker hangs
 
 
 def test_faults_far_apart_or_of_old_workers_are_not_those_of_all(monkeypatch):

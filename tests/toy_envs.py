@@ -68,6 +68,13 @@ class Halving(Constant):
         return self._obs(), 1.0, self.x == 0, False, {}
 
 
+class Talkative(Constant):
+    """Has an "episode" of its own in its infos."""
+
+    def step(self, action):
+        return *super().step(action)[:4], {"episode": 3}
+
+
 class Target(gym.Env):
     """One-step episodes, a Box with odd bounds; the best action is the upper one if the first element is positive."""
 
@@ -253,6 +260,7 @@ CLASSES = (
     WornOut,
     Slow,
     Halving,
+    Talkative,
 )
 for cls in CLASSES:
     gym.register(f"{cls.__name__}-v0", cls)
