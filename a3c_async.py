@@ -82,7 +82,7 @@ class Args(RunArgs):
     critic_lr: float | None = None
     """learning rate of the critic; by default that of the actor"""
     rmsprop_eps: float = 1e-5
-    """ε inside RMSProp's root; must be below the squared gradients of single weights, so 1e-8 for images (docs)"""
+    """ε inside RMSProp's root; above the squares of all gradients it makes RMSProp SGD, so 1e-8 for images (docs)"""
     lr_decay: bool = True
     """let the learning rates fall linearly to 0 at --total-timesteps"""
     max_grad_norm: float = math.inf
