@@ -1,8 +1,8 @@
 """Synchronous advantage actor-critic (A2C): decisions D1-D5 of the lecture in one file.
 
 N environments take T steps with the same parameters; their T x N transitions form one batch (D5). With
-`--num-envs 1 --num-steps 1` it is the fully online algorithm (D3). Learned in the lecture's order (D4): targets,
-critic, actor; by two separate networks (D1) or two heads of a shared trunk (D2).
+`--num-envs 1 --num-steps 1` it is the fully online algorithm (D3). Each update follows the lecture's order: targets,
+critic, actor (D4); with two separate networks (D1) or two heads on a shared trunk (D2).
 
     (1)  δ_t = r_t + γ (1 − terminated_t) V(s_{t+1}) − V(s_t)
     (2)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}                    done = terminated | truncated
@@ -16,199 +16,196 @@ critic, actor; by two separate networks (D1) or two heads of a shared trunk (D2)
     python a2c_sync.py                                          CartPole-v1: greedy return 500 in half a minute
     python a2c_sync.py --env-id Acrobot-v1 --total-timesteps 200000       greedy return -84
 
-The step after an episode's end only resets the environment (gymnasium's NEXT_STEP): it is not a transition, and
-`valid` keeps it out of losses and counts. In return every obs[t + 1] is the true successor of obs[t].
+The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and
+the mask `valid` keeps it out of losses and counts. In all other steps obs[t + 1] is the true successor of obs[t].
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from types import SimpleNamespace
+from typing import Annotated, Literal, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
+from gymnasium.spaces import Discrete
 
 from common.envs import make_envs
-from common.errors import UserError
-from common.optim import Adam, RMSpropA3C, clip_grad_norm_
-from common.run import Run, RunArgs, run_cli
+from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, UserError
+from common.optim import RMSpropA3C
+from common.run import Run, run_cli
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args(RunArgs):
-    num_envs: int = 16
+    num_envs: Count = 16
     """N, environments that step in parallel"""
-    num_steps: int = 8
+    num_steps: Count = 8
     """T, steps of every environment between two updates"""
     network: Literal["separate", "shared"] = "separate"
     """two networks (D1), or one trunk with two heads (D2)"""
-    gamma: float = 0.99
+    gamma: Fraction = 0.99
     """discount γ"""
-    gae_lambda: float = 0.95
+    gae_lambda: Fraction = 0.95
     """λ of the advantage; 1 gives n-step returns, 0 the one-step δ"""
-    ent_coef: float = 0.01
+    ent_coef: NonNegative = 0.01
     """β, weight of the entropy bonus"""
-    value_coef: float = 0.5
-    """c, weight of the critic's loss; for networks that share a trunk, others have --critic-lr"""
-    actor_lr: float = 1e-2
+    value_coef: NonNegative = 0.5
+    """c, weight of the critic's loss; matters for a shared trunk, separate networks have --critic-lr"""
+    actor_lr: Positive = 1e-2
     """learning rate of the actor; with --network shared of everything"""
-    critic_lr: float | None = None
+    critic_lr: Positive | None = None
     """learning rate of the critic; by default that of the actor"""
     lr_decay: bool = True
     """let the learning rates fall linearly to 0 at --total-timesteps"""
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"
     """rmsprop: with ε inside the root, as in the published A3C and A2C results"""
-    max_grad_norm: float = math.inf
+    max_grad_norm: Annotated[float, "(0, inf]"] = math.inf
     """gradients of a network are scaled down to this norm; 0.5 is usual, but makes V forget what is rare (docs)"""
     normalize_obs: bool = False
     """scale each element of a vector observation by its running mean and variance"""
 
 
-def check(args: Args):
+def check_flags(args: Args):
     """Raises UserError for flags that contradict each other."""
     if args.network == "shared" and args.critic_lr is not None:
-        raise UserError(
-            "--critic-lr needs a critic of its own; with --network shared, use --actor-lr and --value-coef."
-        )
+        raise UserError("--critic-lr needs separate networks; with --network shared use --actor-lr and --value-coef.")
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 
 
-def layer(module: nn.Module, gain: float = 2**0.5) -> nn.Module:
-    nn.init.orthogonal_(module.weight, gain)
-    nn.init.zeros_(module.bias)
-    return module
+def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class MLP(nn.Sequential):
-    """(..., D) -> (..., 64)"""
+    """(..., num_inputs) -> (..., 64)"""
 
     num_features = 64
 
-    def __init__(self, num_inputs: int):
-        super().__init__(layer(nn.Linear(num_inputs, 64)), nn.Tanh(), layer(nn.Linear(64, 64)), nn.Tanh())
+    def __init__(self, num_inputs):
+        hidden = orthogonal(nn.Linear(num_inputs, 64))
+        super().__init__(hidden, nn.Tanh(), orthogonal(nn.Linear(64, 64)), nn.Tanh())
 
 
 class NatureCNN(nn.Module):
-    """(..., C, H, W) uint8 -> (..., 512), the network of Mnih et al. 2015."""
+    """(..., channels, height, width) uint8 -> (..., 512), the network of Mnih et al. 2015."""
 
     num_features = 512
 
-    def __init__(self, shape: tuple[int, int, int]):
+    def __init__(self, channels, height, width):
         super().__init__()
         conv = nn.Sequential(
-            layer(nn.Conv2d(shape[0], 32, 8, stride=4)), nn.ReLU(),
-            layer(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
-            layer(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(),
+            orthogonal(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(),
+            orthogonal(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
+            orthogonal(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(),
         )  # fmt: skip
-        num_inputs = conv(torch.zeros(1, *shape)).shape[1]
-        self.net = nn.Sequential(conv, layer(nn.Linear(num_inputs, self.num_features)), nn.ReLU())
-        self.to(memory_format=torch.channels_last)  # in memory only: a third less time on CPU
+        num_inputs = conv(torch.zeros(1, channels, height, width)).shape[1]
+        self.net = nn.Sequential(conv, orthogonal(nn.Linear(num_inputs, 512)), nn.ReLU())
+        self.to(memory_format=torch.channels_last)  # a layout in memory; convolutions take a third less time on a CPU
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs):
         images = obs.reshape(-1, *obs.shape[-3:]).contiguous(memory_format=torch.channels_last) / 255.0
-        return self.net(images).view(*obs.shape[:-3], self.num_features)
-
-
-def make_body(space: gym.spaces.Box) -> nn.Module:
-    return NatureCNN(space.shape) if len(space.shape) == 3 else MLP(space.shape[0])
+        return self.net(images).view(*obs.shape[:-3], 512)
 
 
 class Categorical:
-    """π over n actions, from logits (..., n). Samples 6 times as fast as torch.distributions; NaN goes on to the loss."""
+    """π over n actions, from logits (..., n). Samples 5 times as fast as torch.distributions."""
 
-    def __init__(self, logits: torch.Tensor):
+    def __init__(self, logits):
         self.log_probs = logits.log_softmax(-1)
 
-    def sample(self) -> torch.Tensor:
+    def sample(self):
+        # The Gumbel-max trick: the largest of log p + Gumbel noise is action a with probability p(a)
         gumbel = -torch.empty_like(self.log_probs).exponential_().log()
         return (self.log_probs + gumbel).argmax(-1)
 
-    def mode(self) -> torch.Tensor:
+    def mode(self):
         return self.log_probs.argmax(-1)
 
-    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, actions):
         return self.log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
-    def entropy(self) -> torch.Tensor:
+    def entropy(self):
         return -(self.log_probs.exp() * self.log_probs).sum(-1)
 
 
 class Gaussian:
     """π over actions (..., A): independent Gaussians; mean (..., A) from the network, log σ (A,) the same everywhere."""
 
-    def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
+    def __init__(self, mean, log_std):
         self.mean, self.log_std = mean, log_std
 
-    def sample(self) -> torch.Tensor:
+    def sample(self):
         return self.mean + self.log_std.exp() * torch.randn_like(self.mean)
 
-    def mode(self) -> torch.Tensor:
+    def mode(self):
         return self.mean
 
-    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, actions):
         z = (actions - self.mean) / self.log_std.exp()
         return -(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def entropy(self) -> torch.Tensor:
+    def entropy(self):
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(self.mean.shape[:-1])
 
 
 class Actor(nn.Module):
-    """(..., features) -> π_θ(·|s)"""
+    """(..., obs or features) -> π_θ(·|s)"""
 
-    def __init__(self, body: nn.Module, num_features: int, action_space: gym.Space):
+    def __init__(self, body, num_features, num_actions, discrete):
         super().__init__()
-        discrete = isinstance(action_space, gym.spaces.Discrete)
-        num_outputs = int(action_space.n) if discrete else action_space.shape[0]
         self.body = body
-        self.head = layer(nn.Linear(num_features, num_outputs), gain=0.01)  # at first nearly the same everywhere
-        self.log_std = None if discrete else nn.Parameter(torch.zeros(num_outputs))
+        self.head = orthogonal(nn.Linear(num_features, num_actions), gain=0.01)  # at first nearly the same everywhere
+        self.log_std = None if discrete else nn.Parameter(torch.zeros(num_actions))
 
-    def forward(self, features: torch.Tensor) -> Categorical | Gaussian:
-        outputs = self.head(self.body(features))
+    def forward(self, x):
+        outputs = self.head(self.body(x))
         if self.log_std is None:
             return Categorical(outputs)
-        return Gaussian(outputs.tanh(), self.log_std)  # beyond the bounds all actions are one: nothing to learn from
+        # The environment clips actions to its bounds, [-1, 1] here: a mean outside them would get no learning signal
+        return Gaussian(outputs.tanh(), self.log_std)
 
     def bound_std(self):
-        """σ ≤ e after an update; no reward would keep an entropy bonus from raising it for ever."""
+        """After an update: σ ≤ e, or an entropy bonus could raise it without limit. A clamp in forward() would have no
+        gradient back to smaller σ."""
         if self.log_std is not None:
             self.log_std.data.clamp_(max=1.0)
 
 
 class Critic(nn.Module):
-    """V_φ: (..., features) -> (...)"""
+    """V_φ: (..., obs or features) -> (...)"""
 
-    def __init__(self, body: nn.Module, num_features: int):
+    def __init__(self, body, num_features):
         super().__init__()
         self.body = body
-        self.head = layer(nn.Linear(num_features, 1), gain=1.0)
+        self.head = orthogonal(nn.Linear(num_features, 1), gain=1.0)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(features)).squeeze(-1)  # (T, N) like the rewards; (T, N, 1) would broadcast
+    def forward(self, x):
+        return self.head(self.body(x)).squeeze(-1)  # (T, N) like the rewards; (T, N, 1) would broadcast
 
 
 class ActorCritic(nn.Module):
-    """separate (D1): the trunk is the identity, actor and critic share nothing. shared (D2): two heads of one trunk."""
+    """Two networks, each with a body of its own (D1), or two heads on a shared encoder, the trunk (D2)."""
 
-    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.Space, args: Args):
+    def __init__(self, obs_shape, num_actions, discrete, shared):
         super().__init__()
-        shared = args.network == "shared"
-        self.trunk = make_body(observation_space) if shared else nn.Identity()
-        actor_body = nn.Identity() if shared else make_body(observation_space)
-        critic_body = nn.Identity() if shared else make_body(observation_space)
-        num_features = (self.trunk if shared else actor_body).num_features
-        self.actor = Actor(actor_body, num_features, action_space)
-        self.critic = Critic(critic_body, num_features)
+        Body = NatureCNN if len(obs_shape) == 3 else MLP
+        self.encoder = Body(*obs_shape) if shared else nn.Identity()
+        actor_body = nn.Identity() if shared else Body(*obs_shape)
+        critic_body = nn.Identity() if shared else Body(*obs_shape)
+        self.actor = Actor(actor_body, Body.num_features, num_actions, discrete)
+        self.critic = Critic(critic_body, Body.num_features)
 
-    def act(self, obs: torch.Tensor, greedy: bool = False) -> torch.Tensor:
+    @torch.no_grad()
+    def act(self, obs, greedy=False):
         """obs (N, ...) -> actions (N,) or (N, A), sampled or the most likely ones."""
-        policy = self.actor(self.trunk(obs))
+        policy = self.actor(self.encoder(obs))
         return policy.mode() if greedy else policy.sample()
 
 
@@ -230,7 +227,7 @@ def gae(values, rewards, terminated, done, gamma, gae_lambda):
 def masked_mean(x, valid):
     """Mean over the transitions; x and valid (T, N)."""
     assert x.shape == valid.shape
-    return (x * valid).sum() / valid.sum()
+    return (x * valid).sum() / valid.sum().clamp(min=1)
 
 
 def critic_loss_fn(values, returns, valid):
@@ -243,12 +240,76 @@ def actor_loss_fn(log_probs, advantages, entropy, ent_coef, valid):
     return -masked_mean(log_probs * advantages, valid) - ent_coef * masked_mean(entropy, valid)  # (5)
 
 
-def trunk_gradients(actor_loss, critic_loss, trunk):
+# --- Update -----------------------------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments; the last row of obs and done is the state after them."""
+
+    obs: torch.Tensor  # (T + 1, N, *obs_shape)
+    actions: torch.Tensor  # (T, N) or (T, N, A)
+    rewards: torch.Tensor  # (T, N)
+    terminated: torch.Tensor  # (T, N)
+    done: torch.Tensor  # (T + 1, N), 1 where s_t ended its episode, so that step t only resets
+
+
+def loss_fn(agent, batch, args):
+    """Loss of a rollout and its metrics, in the lecture's order (D4)."""
+    valid = 1 - batch.done[:-1]  # (T, N)
+
+    # Targets
+    features = agent.encoder(batch.obs)  # (T + 1, N, ...); with separate networks the observations themselves
+    values = agent.critic(features)  # (T + 1, N): one pass gives every V(s) and every V(s')
+    constants = values.detach(), batch.rewards, batch.terminated, batch.done[1:]
+    advantages, returns = gae(*constants, args.gamma, args.gae_lambda)
+
+    # Critic
+    critic_loss = critic_loss_fn(values[:-1], returns, valid)
+
+    # Actor
+    policy = agent.actor(features[:-1])
+    entropy = policy.entropy()  # (T, N)
+    log_probs = policy.log_prob(batch.actions)  # (T, N)
+    actor_loss = actor_loss_fn(log_probs, advantages, entropy, args.ent_coef, valid)
+
+    loss = actor_loss + args.value_coef * critic_loss  # (6)
+    metrics = {
+        "critic_loss": critic_loss,
+        "actor_loss": actor_loss,
+        "value": masked_mean(values[:-1], valid),
+        "entropy": masked_mean(entropy, valid),
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def update(agent, optimizer, batch, args):
+    """One gradient step on a rollout."""
+    loss, metrics = loss_fn(agent, batch, args)
+    optimizer.zero_grad()
+    loss.backward()
+    if args.max_grad_norm < math.inf:
+        for group in optimizer.param_groups:  # each network on its own
+            nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+    optimizer.step()
+    agent.actor.bound_std()
+    return metrics
+
+
+def decay_learning_rates(optimizer, progress):
+    """Linearly to 0, as progress goes from 0 to 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * max(0.0, 1 - progress)
+
+
+def trunk_gradients(agent, batch, args):
     """How the two losses pull at the shared trunk (D2): the norm of either gradient, and the cosine between them."""
-    grads = [
-        torch.autograd.grad(loss, list(trunk.parameters()), retain_graph=True) for loss in (actor_loss, critic_loss)
-    ]
-    actor_grad, critic_grad = (torch.cat([g.flatten() for g in grad]) for grad in grads)
+
+    def gradient(value_coef):
+        loss, _ = loss_fn(agent, batch, SimpleNamespace(**vars(args) | {"value_coef": value_coef}))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.encoder.parameters()))])
+
+    actor_grad = gradient(value_coef=0.0)
+    critic_grad = gradient(args.value_coef) - actor_grad  # the loss is a sum of the two
     return {
         "trunk_actor_grad": actor_grad.norm(),
         "trunk_critic_grad": critic_grad.norm(),
@@ -256,108 +317,70 @@ def trunk_gradients(actor_loss, critic_loss, trunk):
     }
 
 
-def gradient_step(optimizer, loss, max_grad_norm):
-    optimizer.zero_grad()
-    loss.backward()
-    if max_grad_norm < math.inf:
-        for group in optimizer.param_groups:
-            clip_grad_norm_(group["params"], max_grad_norm)
-    optimizer.step()
-
-
 # --- Train ------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(envs, args: Args) -> ActorCritic:
+    space, discrete = envs.single_action_space, isinstance(envs.single_action_space, Discrete)
+    num_actions = int(space.n) if discrete else space.shape[0]
+    return ActorCritic(envs.single_observation_space.shape, num_actions, discrete, args.network == "shared")
+
+
+def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
+    """Separate networks: a group each, so that neither learning rates nor clipping tie them together."""
+    networks = [(agent.actor, args.actor_lr), (agent.critic, args.critic_lr or args.actor_lr)]
+    if args.network == "shared":
+        networks = [(agent, args.actor_lr)]
+    groups = [{"params": list(network.parameters()), "lr": lr, "initial_lr": lr} for network, lr in networks]
+    return RMSpropA3C(groups) if args.optimizer == "rmsprop" else torch.optim.Adam(groups, fused=True)
 
 
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)
-    args, device = run.args, run.device
-    check(args)
+    check_flags(args)
     envs = make_envs(args)
-    agent = ActorCritic(envs.single_observation_space, envs.single_action_space, args).to(device)
-    actor, critic, trunk = agent.actor, agent.critic, agent.trunk
+    agent = make_agent(envs, args).to(run.device)
+    optimizer = make_optimizer(agent, args)
 
-    # Separate networks: a group each, so that neither learning rates nor clipping tie them together
-    if args.network == "shared":
-        groups = [{"params": list(agent.parameters()), "lr": args.actor_lr}]
-    else:
-        groups = [
-            {"params": list(actor.parameters()), "lr": args.actor_lr},
-            {"params": list(critic.parameters()), "lr": args.critic_lr or args.actor_lr},
-        ]
-    learning_rates = [group["lr"] for group in groups]
-    optimizer = RMSpropA3C(groups) if args.optimizer == "rmsprop" else Adam(groups)
-
-    # One rollout: T steps of N environments. obs and done have a row more, for what the last step led to
+    # One rollout; the last row of obs and done is the state after its T steps
     T, N = args.num_steps, args.num_envs
-    space = envs.single_observation_space
-    obs = torch.from_numpy(np.zeros((T + 1, N) + space.shape, space.dtype)).to(device)  # float32, or uint8 images
-    actions = [torch.empty(0)] * T  # (N,) or (N, A) each
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    obs = np.zeros((T + 1, N, *obs_space.shape), obs_space.dtype)  # float32, or uint8 images
+    actions = np.zeros((T, N, *action_space.shape), action_space.dtype)
     rewards, terminated = np.zeros((T, N), np.float32), np.zeros((T, N), np.float32)
-    done = np.zeros((T + 1, N), np.float32)  # done[t]: s_t ended its episode, step t only resets
+    done = np.zeros((T + 1, N), np.float32)
 
     with run.open(agent=agent, envs=envs, optimizer=optimizer):
-        env_steps, updates = run.env_steps, run.updates
-        log_every = max(1, 1000 // (T * N))  # updates; losses at least every 1000 environment steps
-        while env_steps < args.total_timesteps:
-            if run.checkpoint(env_steps, updates):  # at the start too: simulators cannot be saved, so all begin anew
-                obs[T] = torch.as_tensor(envs.reset(seed=run.env_seed(env_steps))[0])
+        obs[T], _ = envs.reset(seed=run.env_seed())
+        while run.env_steps < args.total_timesteps:
+            if run.checkpoint_due():
+                run.save()
+                obs[T], _ = envs.reset(seed=run.env_seed())  # simulators cannot be saved: all start anew
                 done[T] = 0
-
-            remaining = 1 - env_steps / args.total_timesteps if args.lr_decay else 1.0
-            for group, learning_rate in zip(optimizer.param_groups, learning_rates):
-                group["lr"] = learning_rate * remaining
+            if args.lr_decay:
+                decay_learning_rates(optimizer, run.env_steps / args.total_timesteps)
 
             # Act: all environments with the same parameters (D5)
             obs[0], done[0] = obs[T], done[T]
             for t in range(T):
-                with torch.no_grad():
-                    actions[t] = agent.act(obs[t])
-                next_obs, rewards[t], terminated[t], truncated, infos = envs.step(actions[t].cpu().numpy())
-                obs[t + 1] = torch.as_tensor(next_obs)
+                actions[t] = agent.act(torch.as_tensor(obs[t], device=run.device)).cpu()
+                obs[t + 1], rewards[t], terminated[t], truncated, episodes = envs.step(actions[t])
                 done[t + 1] = np.maximum(terminated[t], truncated)
-                env_steps += N - int(done[t].sum())
-                run.logger.episodes(env_steps, infos)
+                run.count(N - int(done[t].sum()), episodes)
             if done[:-1].all():
-                continue  # T = N = 1 and the step was a reset: there is nothing to average over
-            rollout = [torch.as_tensor(x, device=device) for x in (rewards, terminated, done[1:])]  # (T, N) each
-            valid = torch.as_tensor(1 - done[:-1], device=device)
-            log_now = updates % log_every == 0
-            updates += 1
+                continue
 
-            # Targets
-            features = trunk(obs)  # (T + 1, N, ...); with separate networks obs itself
-            values = critic(features)  # (T + 1, N): one pass gives every V(s) and every V(s')
-            advantages, returns = gae(values.detach(), *rollout, args.gamma, args.gae_lambda)
-
-            # Critic; a step of its own before the advantage is evaluated (D4 to the letter) measured no better: docs
-            critic_loss = critic_loss_fn(values[:-1], returns, valid)
-
-            # Actor
-            policy = actor(features[:-1])
-            entropy = policy.entropy()  # (T, N)
-            log_probs = policy.log_prob(torch.stack(actions))
-            actor_loss = actor_loss_fn(log_probs, advantages, entropy, args.ent_coef, valid)
-
-            loss = actor_loss + args.value_coef * critic_loss  # (6)
+            # Learn
+            arrays = obs, actions, rewards, terminated, done
+            rollout = Rollout(*(torch.as_tensor(array, device=run.device) for array in arrays))
             conflict = {}
-            if log_now and args.network == "shared":
-                conflict = trunk_gradients(actor_loss, args.value_coef * critic_loss, trunk)
-            gradient_step(optimizer, loss, args.max_grad_norm)
-            actor.bound_std()
-
-            # Log
-            run.require_finite(env_steps, critic_loss=critic_loss, actor_loss=actor_loss)
-            if log_now:
-                run.logger.log(
-                    env_steps,
-                    actor_loss=actor_loss,
-                    critic_loss=critic_loss,
-                    value=masked_mean(values[:-1], valid),
-                    entropy=masked_mean(entropy, valid),
-                    **conflict,
-                )
-        return run.finish(env_steps, updates)
+            if args.network == "shared" and run.log_due():
+                conflict = trunk_gradients(agent, rollout, args)
+            metrics = update(agent, optimizer, rollout, args)
+            run.updates += 1
+            run.log(metrics | conflict)
+        return run.finish()
 
 
 if __name__ == "__main__":

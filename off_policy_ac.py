@@ -1,8 +1,8 @@
 """Off-policy actor-critic with a replay buffer: decisions D8-D15 of the lecture in one file.
 
-Against a2c_sync.py: transitions go into a ring buffer (D8) and every update learns from a random batch of it, most of
-which older policies made. So the critic becomes Q, whose target takes a fresh action of the current policy (D10), and
-the policy gradient takes fresh actions, too (D11). Three actions, three names: `batch.actions` a from the buffer,
+Against a2c_sync.py: transitions go into a ring buffer (D8), and every update learns from a random batch of it, most of
+which older policies made. So the critic becomes Q, and its target takes a fresh action of the current policy (D10). The
+policy gradient takes fresh actions, too (D11). Three actions, three names: `batch.actions` a from the buffer,
 `next_actions` a' ~ π(·|s'), `pi_actions` a^π ~ π(·|s).
 
     (1)  y = r + γ (1 − terminated) Q̄(s', a')                  a' ~ π_θ(·|s')
@@ -28,67 +28,66 @@ Beyond the lecture it needs, with the greedy return without each (mean of seeds 
     python off_policy_ac.py                                 CartPole-v1: greedy return 500 in 3 to 5 minutes
     python off_policy_ac.py --env-id Pendulum-v1 --total-timesteps 15000
 
-The step after an episode's end only resets the environment (gymnasium's NEXT_STEP): it is not a transition, and
-`valid` keeps it out of the buffer and the counts. In return every next_obs is the true successor of obs.
+The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and
+the mask `valid` keeps it out of the buffer and the counts. In all other steps next_obs is the true successor of obs.
 """
 
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from gymnasium.spaces import Discrete
 
 from common.envs import make_envs
-from common.errors import UserError
-from common.optim import Adam
+from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, Share, UserError
 from common.ring_buffer import RingBuffer
-from common.run import Run, RunArgs, run_cli
+from common.run import Run, run_cli
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args(RunArgs):
-    total_timesteps: int = 30_000
+    total_timesteps: Count = 30_000
     """environment steps (transitions of all environments together) to train for"""
-    num_envs: int = 1
+    num_envs: Count = 1
     """environments that step in parallel"""
-    gamma: float = 0.99
+    gamma: Fraction = 0.99
     """discount γ"""
-    buffer_size: int = 1_000_000
+    buffer_size: Count = 1_000_000
     """transitions that the replay buffer holds"""
-    learning_starts: int = 1_000
+    learning_starts: Annotated[int, "[0, inf)"] = 1_000
     """transitions before the first update"""
-    batch_size: int = 128
-    """transitions of the buffer in one update"""
-    updates_per_step: float = 1.0
+    batch_size: Count = 128
+    """B, transitions of the buffer in one update"""
+    updates_per_step: Annotated[float, "(0, 1000]"] = 1.0
     """updates for every transition, of however many environments"""
     critic: Literal["q", "v"] = "q"
     """q: Q(s, a), valid for any policy's actions (D10); v: V(s), naive (D9a)"""
     actor_actions: Literal["policy", "buffer", "importance"] = "policy"
     """whose actions the policy gradient takes: the policy's (D11), the buffer's, naive (D9b), or those weighted (D12)"""
-    num_action_samples: int = 8
+    num_action_samples: Count = 8
     """K, actions the policy samples at every state of the batch (D14)"""
     baseline: Literal["samples", "none"] = "samples"
     """what is subtracted from Q(s, a): the mean Q of the other samples, or nothing (D13)"""
-    ent_coef: float = 0.05
+    ent_coef: NonNegative = 0.05
     """β, weight of the entropy bonus"""
-    tau: float = 0.02
+    tau: Share = 0.02
     """τ, share of the critic that its averaged copy takes over in an update; 1: no target network"""
-    actor_lr: float = 1e-3
+    actor_lr: Positive = 1e-3
     """learning rate of the actor"""
-    critic_lr: float = 1e-3
-    """learning rate of the critic"""
+    critic_lr: Positive | None = None
+    """learning rate of the critic; by default that of the actor"""
     lr_decay: bool = True
     """let the learning rates fall linearly to 0 at --total-timesteps"""
 
 
-def check(args: Args):
+def check_flags(args: Args):
     """Raises UserError for flags that contradict each other."""
     if args.critic == "v" and args.actor_actions == "policy":
         raise UserError(
@@ -106,145 +105,115 @@ def check(args: Args):
 # --- Networks ---------------------------------------------------------------------------------------------------------
 
 
-def layer(module: nn.Module, gain: float = 2**0.5) -> nn.Module:
-    nn.init.orthogonal_(module.weight, gain)
-    nn.init.zeros_(module.bias)
-    return module
+def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class MLP(nn.Sequential):
-    """(..., D) -> (..., 256)"""
+    """(..., num_inputs) -> (..., 256)"""
 
     num_features = 256
 
-    def __init__(self, num_inputs: int):
-        super().__init__(layer(nn.Linear(num_inputs, 256)), nn.ReLU(), layer(nn.Linear(256, 256)), nn.ReLU())
-
-
-class NatureCNN(nn.Module):
-    """(..., C, H, W) uint8 -> (..., 512), the network of Mnih et al. 2015."""
-
-    num_features = 512
-
-    def __init__(self, shape: tuple[int, int, int]):
-        super().__init__()
-        conv = nn.Sequential(
-            layer(nn.Conv2d(shape[0], 32, 8, stride=4)), nn.ReLU(),
-            layer(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
-            layer(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(),
-        )  # fmt: skip
-        num_inputs = conv(torch.zeros(1, *shape)).shape[1]
-        self.net = nn.Sequential(conv, layer(nn.Linear(num_inputs, self.num_features)), nn.ReLU())
-        self.to(memory_format=torch.channels_last)  # in memory only: a third less time on CPU
-
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        images = obs.reshape(-1, *obs.shape[-3:]).contiguous(memory_format=torch.channels_last) / 255.0
-        return self.net(images).view(*obs.shape[:-3], self.num_features)
-
-
-def make_encoder(space: gym.spaces.Box) -> tuple[nn.Module, int]:
-    """What turns observations into vectors, and their length."""
-    if len(space.shape) == 3:
-        return NatureCNN(space.shape), NatureCNN.num_features
-    return nn.Identity(), space.shape[0]
+    def __init__(self, num_inputs):
+        hidden = orthogonal(nn.Linear(num_inputs, 256))
+        super().__init__(hidden, nn.ReLU(), orthogonal(nn.Linear(256, 256)), nn.ReLU())
 
 
 class Categorical:
-    """π over n actions, from logits (..., n). Samples 6 times as fast as torch.distributions; NaN goes on to the loss."""
+    """π over n actions, from logits (..., n). Samples 5 times as fast as torch.distributions."""
 
-    def __init__(self, logits: torch.Tensor):
+    def __init__(self, logits):
         self.log_probs = logits.log_softmax(-1)
 
-    def sample(self, *num: int) -> torch.Tensor:
+    def sample(self, *num):
+        # The Gumbel-max trick: the largest of log p + Gumbel noise is action a with probability p(a)
         gumbel = -self.log_probs.new_empty(*num, *self.log_probs.shape).exponential_().log()
         return (self.log_probs + gumbel).argmax(-1)
 
-    def mode(self) -> torch.Tensor:
+    def mode(self):
         return self.log_probs.argmax(-1)
 
-    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, actions):
         return self.log_probs.expand(*actions.shape, -1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
-    def entropy(self) -> torch.Tensor:
+    def entropy(self):
         return -(self.log_probs.exp() * self.log_probs).sum(-1)
 
 
 class Gaussian:
     """π over actions (..., A): independent Gaussians; mean (..., A) from the network, log σ (A,) the same everywhere."""
 
-    def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
+    def __init__(self, mean, log_std):
         self.mean, self.log_std = mean, log_std
 
-    def sample(self, *num: int) -> torch.Tensor:
-        return self.mean + self.log_std.exp() * torch.randn(*num, *self.mean.shape, device=self.mean.device)
+    def sample(self, *num):
+        noise = torch.randn(*num, *self.mean.shape, device=self.mean.device)
+        return self.mean + self.log_std.exp() * noise
 
-    def mode(self) -> torch.Tensor:
+    def mode(self):
         return self.mean
 
-    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, actions):
         z = (actions - self.mean) / self.log_std.exp()
         return -(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def entropy(self) -> torch.Tensor:
+    def entropy(self):
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(self.mean.shape[:-1])
 
 
 class Actor(nn.Module):
     """(..., obs) -> π_θ(·|s)"""
 
-    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.Space):
+    def __init__(self, body, num_features, num_actions, discrete):
         super().__init__()
-        discrete = isinstance(action_space, gym.spaces.Discrete)
-        num_outputs = int(action_space.n) if discrete else action_space.shape[0]
-        self.encoder, num_features = make_encoder(observation_space)
-        self.body = MLP(num_features)
-        self.head = layer(nn.Linear(MLP.num_features, num_outputs), gain=0.01)  # at first nearly the same everywhere
-        self.log_std = None if discrete else nn.Parameter(torch.zeros(num_outputs))
+        self.body = body
+        self.head = orthogonal(nn.Linear(num_features, num_actions), gain=0.01)  # at first nearly the same everywhere
+        self.log_std = None if discrete else nn.Parameter(torch.zeros(num_actions))
 
-    def forward(self, obs: torch.Tensor) -> Categorical | Gaussian:
-        outputs = self.head(self.body(self.encoder(obs)))
+    def forward(self, x):
+        outputs = self.head(self.body(x))
         if self.log_std is None:
             return Categorical(outputs)
-        return Gaussian(outputs.tanh(), self.log_std)  # beyond the bounds all actions are one: nothing to learn from
+        # The environment clips actions to its bounds, [-1, 1] here: a mean outside them would get no learning signal
+        return Gaussian(outputs.tanh(), self.log_std)
 
     def bound_std(self):
-        """σ ≤ e after an update; no reward would keep an entropy bonus from raising it for ever."""
+        """After an update: σ ≤ e, or an entropy bonus could raise it without limit. A clamp in forward() would have no
+        gradient back to smaller σ."""
         if self.log_std is not None:
             self.log_std.data.clamp_(max=1.0)
 
 
 class Critic(nn.Module):
-    """Q_φ: (B, ...) observations, (..., B) or (..., B, A) actions -> (..., B). As V_φ it takes actions and ignores them."""
+    """Q_φ: (B, D) observations, (..., B) or (..., B, A) actions -> (..., B). As V_φ it takes actions and ignores them."""
 
-    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.Space, sees_actions: bool):
+    def __init__(self, num_obs, num_actions, discrete, sees_actions):
         super().__init__()
-        self.encoder, num_features = make_encoder(observation_space)
-        self.num_choices = int(action_space.n) if isinstance(action_space, gym.spaces.Discrete) else None
-        self.num_inputs = (self.num_choices or action_space.shape[0]) if sees_actions else 0
-        self.body = MLP(num_features + self.num_inputs)
-        self.head = layer(nn.Linear(MLP.num_features, 1), gain=1.0)
+        self.num_actions, self.discrete, self.sees_actions = num_actions, discrete, sees_actions
+        self.body = MLP(num_obs + num_actions if sees_actions else num_obs)
+        self.head = orthogonal(nn.Linear(MLP.num_features, 1), gain=1.0)
 
-    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        if self.num_choices and actions.dim() == 2 and len(actions) > self.num_choices:  # K samples of fewer choices:
-            choices = torch.arange(self.num_choices, device=obs.device).view(-1, 1).expand(-1, len(obs))
-            return self(obs, choices).gather(0, actions)  # one Q each
+    def forward(self, obs, actions):
         # What the environment sees of an action: one of its choices, or a vector clipped to the bounds
-        actions = F.one_hot(actions, self.num_choices).float() if self.num_choices else actions.clamp(-1, 1)
-        features = self.encoder(obs).expand(*actions.shape[:-1], -1)  # K actions share the features of their state
-        features = torch.cat([features, actions[..., : self.num_inputs]], -1)
-        return self.head(self.body(features)).squeeze(-1)  # (B,) like the rewards; (B, 1) would broadcast
+        inputs = F.one_hot(actions, self.num_actions).float() if self.discrete else actions.clamp(-1, 1)
+        obs = obs.expand(*inputs.shape[:-1], -1)  # (..., B, D): K actions of each state
+        x = torch.cat([obs, inputs], -1) if self.sees_actions else obs
+        return self.head(self.body(x)).squeeze(-1)  # (B,) like the rewards; (B, 1) would broadcast
 
 
 class ActorCritic(nn.Module):
     """Two networks that share nothing (D1), and the averaged copy of the critic that targets are made of (D17)."""
 
-    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.Space, args: Args):
+    def __init__(self, num_obs, num_actions, discrete, sees_actions):
         super().__init__()
-        self.actor = Actor(observation_space, action_space)
-        self.critic = Critic(observation_space, action_space, sees_actions=args.critic == "q")
+        self.actor = Actor(MLP(num_obs), MLP.num_features, num_actions, discrete)
+        self.critic = Critic(num_obs, num_actions, discrete, sees_actions)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
-    def act(self, obs: torch.Tensor, greedy: bool = False) -> torch.Tensor:
+    @torch.no_grad()
+    def act(self, obs, greedy=False):
         """obs (N, ...) -> actions (N,) or (N, A), sampled or the most likely ones."""
         policy = self.actor(obs)
         return policy.mode() if greedy else policy.sample()
@@ -281,123 +250,146 @@ def actor_loss_fn(log_probs, scores, entropy, ent_coef):
 
 
 @torch.no_grad()
-def polyak_update(target: nn.Module, source: nn.Module, tau: float):
+def polyak_update(target, source, tau):
     """The target network follows slowly, so that the critic does not chase itself (D17)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)  # (6)
+
+
+# --- Update -----------------------------------------------------------------------------------------------------------
+
+
+def loss_fn(agent, batch, args):
+    """Loss of a batch (B, ...) from the buffer and its metrics, in the lecture's order (D4)."""
+    # Targets
+    with torch.no_grad():
+        next_actions = agent.actor(batch.next_obs).sample()  # (B,): what the policy would do now (D10)
+        next_value = agent.target_critic(batch.next_obs, next_actions)  # --critic v: of whoever acted (D9a)
+        q_target = td_target(batch.rewards, batch.terminated, next_value, args.gamma)
+
+    # Critic
+    q = agent.critic(batch.obs, batch.actions)  # (B,): valid for any action, whoever chose it
+    critic_loss = critic_loss_fn(q, q_target)
+
+    # Actor
+    policy = agent.actor(batch.obs)
+    with torch.no_grad():
+        pi_actions = policy.sample(args.num_action_samples)  # (K, B): fresh, without the simulator (D11, D14)
+        pi_q = agent.critic(batch.obs, pi_actions)  # (K, B)
+    if args.actor_actions == "policy":
+        log_probs = policy.log_prob(pi_actions)
+        scores, baseline = pi_q, leave_one_out(pi_q)
+    else:
+        log_probs = policy.log_prob(batch.actions)  # (B,): of an action that another policy chose (D9b)
+        scores = q.detach() if args.critic == "q" else q_target
+        baseline = pi_q.mean(0)  # an estimate of V(s); with --critic v it is V(s)
+    advantages = scores if args.baseline == "none" else scores - baseline  # none: plain Q (D13)
+    if args.actor_actions == "importance":
+        advantages = advantages * importance_weights(log_probs, batch.old_log_probs)  # (D12)
+    entropy = policy.entropy()  # (B,)
+    actor_loss = actor_loss_fn(log_probs, advantages, entropy, args.ent_coef)
+
+    loss = actor_loss + critic_loss
+    metrics = {
+        "critic_loss": critic_loss,
+        "actor_loss": actor_loss,
+        "value": q.mean(),
+        "entropy": entropy.mean(),
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def update(agent, optimizer, batch, args):
+    """One gradient step on a batch, and a step of the target network."""
+    loss, metrics = loss_fn(agent, batch, args)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    agent.actor.bound_std()
+    polyak_update(agent.target_critic, agent.critic, args.tau)
+    return metrics
+
+
+def decay_learning_rates(optimizer, progress):
+    """Linearly to 0, as progress goes from 0 to 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * max(0.0, 1 - progress)
 
 
 # --- Train ------------------------------------------------------------------------------------------------------------
 
 
+def make_agent(envs, args: Args) -> ActorCritic:
+    space, discrete = envs.single_action_space, isinstance(envs.single_action_space, Discrete)
+    num_actions = int(space.n) if discrete else space.shape[0]
+    return ActorCritic(envs.single_observation_space.shape[0], num_actions, discrete, args.critic == "q")
+
+
+def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
+    """A group for each network, which have learning rates of their own."""
+    networks = [(agent.actor, args.actor_lr), (agent.critic, args.critic_lr or args.actor_lr)]
+    groups = [{"params": list(network.parameters()), "lr": lr, "initial_lr": lr} for network, lr in networks]
+    return torch.optim.Adam(groups, fused=True)
+
+
+def make_buffer(envs, args: Args, device: torch.device) -> RingBuffer:
+    obs, actions = envs.single_observation_space, envs.single_action_space
+    fields = {
+        "obs": (obs.shape, obs.dtype),
+        "actions": (actions.shape, actions.dtype),
+        "old_log_probs": ((), np.float32),
+        "rewards": ((), np.float32),
+        "next_obs": (obs.shape, obs.dtype),
+        "terminated": ((), np.float32),
+    }
+    return RingBuffer(args.buffer_size, fields, device)
+
+
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)
-    args, device = run.args, run.device
-    check(args)
-    envs = make_envs(args)
-    space, action_space = envs.single_observation_space, envs.single_action_space
-    agent = ActorCritic(space, action_space, args).to(device)
-    actor, critic, target_critic = agent.actor, agent.critic, agent.target_critic
-    groups = [
-        {"params": list(actor.parameters()), "lr": args.actor_lr},
-        {"params": list(critic.parameters()), "lr": args.critic_lr},
-    ]
-    learning_rates = [group["lr"] for group in groups]
-    optimizer = Adam(groups)
-
-    buffer = RingBuffer(
-        args.buffer_size,
-        {
-            "obs": (space.shape, space.dtype),  # float32, or uint8 images
-            "actions": (action_space.shape, action_space.dtype),
-            "old_log_probs": ((), np.float32),
-            "rewards": ((), np.float32),
-            "next_obs": (space.shape, space.dtype),
-            "terminated": ((), np.float32),
-        },
-        device,
-    )
-
-    def learn(batch):
-        """One update from a batch of the buffer; what it returns is logged."""
-        # Targets
-        with torch.no_grad():
-            next_actions = actor(batch.next_obs).sample()  # (B,): what the policy would do now (D10)
-            next_value = target_critic(batch.next_obs, next_actions)  # --critic v: of whoever acted (D9a)
-            q_target = td_target(batch.rewards, batch.terminated, next_value, args.gamma)
-
-        # Critic
-        q = critic(batch.obs, batch.actions)  # valid for any action, whoever chose it
-        critic_loss = critic_loss_fn(q, q_target)
-
-        # Actor
-        policy = actor(batch.obs)
-        with torch.no_grad():
-            pi_actions = policy.sample(args.num_action_samples)  # (K, B): fresh (D11), without the simulator
-            pi_q = critic(batch.obs, pi_actions)
-        if args.actor_actions == "policy":
-            log_probs = policy.log_prob(pi_actions)
-            scores, baseline = pi_q, leave_one_out(pi_q)
-        else:
-            log_probs = policy.log_prob(batch.actions)  # (B,): of an action that another policy chose (D9b)
-            scores = q.detach() if args.critic == "q" else q_target
-            baseline = pi_q.mean(0)  # an estimate of V(s); with --critic v it is V(s)
-        advantages = scores - baseline if args.baseline == "samples" else scores
-        if args.actor_actions == "importance":
-            advantages = advantages * importance_weights(log_probs, batch.old_log_probs)
-        entropy = policy.entropy()  # (B,)
-        actor_loss = actor_loss_fn(log_probs, advantages, entropy, args.ent_coef)
-
-        optimizer.zero_grad()
-        (critic_loss + actor_loss).backward()
-        optimizer.step()
-        actor.bound_std()
-        polyak_update(target_critic, critic, args.tau)
-        return {"critic_loss": critic_loss, "actor_loss": actor_loss, "value": q.mean(), "entropy": entropy.mean()}
+    check_flags(args)
+    envs = make_envs(args, images=False)
+    agent = make_agent(envs, args).to(run.device)
+    optimizer = make_optimizer(agent, args)
+    buffer = make_buffer(envs, args, run.device)
 
     with run.open(agent=agent, envs=envs, optimizer=optimizer, buffer=buffer):
-        env_steps, updates = run.env_steps, run.updates
-        log_every = max(1, int(500 * args.updates_per_step))  # updates; losses at least every 1000 environment steps
-        while env_steps < args.total_timesteps:
-            if run.checkpoint(env_steps, updates):  # at the start too: simulators cannot be saved, so all begin anew
-                obs, _ = envs.reset(seed=run.env_seed(env_steps))
-                valid = np.ones(args.num_envs, bool)
-
-            remaining = 1 - env_steps / args.total_timesteps if args.lr_decay else 1.0
-            for group, learning_rate in zip(optimizer.param_groups, learning_rates):
-                group["lr"] = learning_rate * remaining
+        obs, _ = envs.reset(seed=run.env_seed())
+        valid = np.ones(args.num_envs, bool)
+        while run.env_steps < args.total_timesteps:
+            if run.checkpoint_due():
+                run.save()
+                obs, _ = envs.reset(seed=run.env_seed())  # simulators cannot be saved: all start anew
+                valid[:] = True
+            if args.lr_decay:
+                decay_learning_rates(optimizer, run.env_steps / args.total_timesteps)
 
             # Act with the latest policy
             with torch.no_grad():
-                policy = actor(torch.as_tensor(obs, device=device))
+                policy = agent.actor(torch.as_tensor(obs, device=run.device))
                 actions = policy.sample()
-                old_log_probs = policy.log_prob(actions)
-            actions, old_log_probs = actions.cpu().numpy(), old_log_probs.cpu().numpy()
-            run.require_finite(env_steps, action=actions.sum())
-            next_obs, rewards, terminated, truncated, infos = envs.step(actions)
+                old_log_probs = policy.log_prob(actions).cpu().numpy()
+            actions = actions.cpu().numpy()
+            next_obs, rewards, terminated, truncated, episodes = envs.step(actions)
 
             # Store
-            run.require_finite(env_steps, reward=rewards.sum(), observation=next_obs.sum())  # before they are saved
             buffer.add(
                 valid, obs=obs, actions=actions, old_log_probs=old_log_probs,
                 rewards=rewards, next_obs=next_obs, terminated=terminated,
             )  # fmt: skip
             new_steps = int(valid.sum())
-            env_steps += new_steps
+            run.count(new_steps, episodes)
             obs, valid = next_obs, ~(terminated | truncated)  # the step after an end only resets
-            run.logger.episodes(env_steps, infos)
-            if env_steps <= args.learning_starts:
+            if run.env_steps <= args.learning_starts:
                 continue
 
             # Learn: so many updates for each transition, not for each step of all environments
-            due = int(env_steps * args.updates_per_step) - int((env_steps - new_steps) * args.updates_per_step)
-            for _ in range(due):
-                losses = learn(buffer.sample(args.batch_size))
-                if updates % log_every == 0:
-                    run.require_finite(env_steps, critic_loss=losses["critic_loss"], actor_loss=losses["actor_loss"])
-                    run.logger.log(env_steps, **losses)
-                updates += 1
-        return run.finish(env_steps, updates)
+            before, after = ((run.env_steps - n) * args.updates_per_step for n in (new_steps, 0))
+            for _ in range(int(after) - int(before)):
+                metrics = update(agent, optimizer, buffer.sample(args.batch_size), args)
+                run.updates += 1
+                run.log(metrics)
+        return run.finish()
 
 
 if __name__ == "__main__":

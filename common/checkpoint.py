@@ -1,6 +1,5 @@
 """Checkpoints: written whole or not at all, loaded without executing anything, with every random generator inside."""
 
-import json
 import os
 import random
 from pathlib import Path
@@ -8,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.flags import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-FORMAT = "actor-critic checkpoint 1"
+FORMAT = "actor-critic checkpoint 2"
 
 
 def save_checkpoint(run_dir: Path, content: dict):
@@ -32,45 +30,25 @@ def load_checkpoint(run_dir: str | Path, script: str) -> dict:
         raise UserError(f"{str(run_dir)!r} holds no checkpoint.pt.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        known = content["format"] == FORMAT
+        form = content["format"]
     except Exception:  # a damaged zip, a foreign pickle, no dictionary: torch raises many types
-        known = False
-    if not known:
+        form = None
+    if form == "actor-critic checkpoint 1":
+        raise UserError(f"{str(path)!r} was written by an earlier version of this project, whose networks differ.")
+    if form != FORMAT:
         raise UserError(f"{str(path)!r} is damaged or was not written by this project.")
     if content["script"] != script:
         raise UserError(f"{str(path)!r} was written by {content['script']}.py, not by {script}.py.")
     return content
 
 
-def read_args(run_dir: str | Path) -> dict:
-    """The flags (and the script's name) that a run folder was made with."""
-    path = Path(run_dir) / "args.json"
-    try:
-        saved = json.loads(path.read_text())
-        if not (saved["script"].isidentifier() and (ROOT / f"{saved['script']}.py").is_file()):
-            raise ValueError
-        return saved
-    except FileNotFoundError:
-        raise UserError(f"{str(run_dir)!r} is no run folder: it has no args.json.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{str(path)!r} is damaged or was not written by this project.") from None
-
-
 def random_state() -> dict:
     """State of every generator that a script, torch or somebody's environment may draw from."""
-    numpy_state = np.random.get_state(legacy=False)
-    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": {
-            "key": key,
-            "pos": numpy_state["state"]["pos"],
-            "gauss": numpy_state["gauss"],
-            "has_gauss": numpy_state["has_gauss"],
-        },
-    }
+        "torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": [name, keys.tolist(), *rest],
+    }  # fmt: skip
 
 
 def restore_random(state: dict):
@@ -78,7 +56,4 @@ def restore_random(state: dict):
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(state["python"])
-    saved = state["numpy"]
-    np.random.set_state(
-        ("MT19937", saved["key"].numpy().astype(np.uint32), saved["pos"], saved["has_gauss"], saved["gauss"])
-    )
+    np.random.set_state(tuple(state["numpy"]))

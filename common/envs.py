@@ -1,7 +1,5 @@
 """make_envs: the only place that builds environments."""
 
-import difflib
-import multiprocessing
 import os
 import sys
 import warnings
@@ -13,9 +11,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorWrapper
 from gymnasium.wrappers.vector import NormalizeObservation
 
-from common.errors import UserError
-
-EXTRAS = {"mujoco": "mujoco", "box2d": "box2d", "ale_py": "atari"}  # part of an entry point -> extra of pyproject.toml
+from common.flags import UserError
 
 
 def env_seed(seed: int, env_steps: int, *worker: int) -> int:
@@ -23,79 +19,66 @@ def env_seed(seed: int, env_steps: int, *worker: int) -> int:
     return int(np.random.SeedSequence([seed, env_steps, *worker]).generate_state(1)[0] >> 2)
 
 
-def make_envs(args, num_envs: int | None = None, evaluation: bool = False, render: bool = False) -> "Envs":
-    """Vector environment of `args.env_id` with autoreset NEXT_STEP; scripts and networks see actions in [-1, 1].
+def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, discrete=True) -> "Envs":
+    """Vector environment of `args.env_id` with autoreset NEXT_STEP.
 
-    `evaluation`: true rewards and frozen statistics; `render`: for Envs.picture. Raises UserError for an
-    unknown environment, a missing extra or a space that no script supports.
+    `evaluation`: true rewards and frozen statistics; `render`: for Envs.frame; `images`, `discrete`: whether the script
+    takes such observations and actions. Raises UserError for an environment or a space that it cannot train on.
     """
     flush_denormals()
-    num_envs = num_envs or args.num_envs
     spec = find_spec(args.env_id)
     atari = spec.vector_entry_point == "ale_py.vector_env:AtariVectorEnv"
     native = args.vectorization == "auto" and spec.vector_entry_point is not None
-    options = {}
+    options = {"vectorization_mode": "sync", "wrappers": [WithoutInfos]}
     if atari:
         if not native:
             raise UserError(f"{args.env_id} has its own C++ vector environment; leave --vectorization at auto.")
-        options["reward_clipping"] = False  # clipped by Envs, after the true return has been counted
+        options = {"reward_clipping": False}  # clipped by Envs, after the true return has been counted
     elif render:
-        options |= {"vectorization_mode": "sync", "render_mode": "rgb_array"}
-    elif not native:
-        is_async = args.vectorization == "async"
-        options["vectorization_mode"] = "async" if is_async else "sync"
-        if is_async:  # a fork of this process could hang, its threads missing; a fork of a clean server imports once
-            options |= {"vector_kwargs": {"context": "forkserver"}, "wrappers": [in_process]}
+        options |= {"render_mode": "rgb_array"}
+    elif native:
+        options = {}
+    elif args.vectorization == "async":  # a fork of this process could hang, its threads missing
+        options |= {"vectorization_mode": "async", "vector_kwargs": {"context": "forkserver"}}
+        options["wrappers"] = [WithoutInfos, in_process]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium's remarks on spaces; unsupported ones are refused below
-            envs = gym.make_vec(spec, num_envs=num_envs, **options)
+            envs = gym.make_vec(spec, num_envs=num_envs or args.num_envs, **options)
     except (ImportError, gym.error.Error) as error:
-        raise missing_extra(args.env_id, str(spec.entry_point), error) from None
-    if envs.metadata.get("autoreset_mode") != AutoresetMode.NEXT_STEP:
-        raise UserError(f"{args.env_id} does not use gymnasium's autoreset mode NEXT_STEP, on which all scripts rely.")
+        raise UserError(f"{args.env_id} cannot be built: {' '.join(str(error).split())}") from None
     try:
-        check_spaces(envs.single_observation_space, envs.single_action_space, args)
+        if envs.metadata.get("autoreset_mode") != AutoresetMode.NEXT_STEP:
+            raise UserError(f"{args.env_id} does not use gymnasium's autoreset mode NEXT_STEP, which all scripts need.")
+        check_spaces(envs.single_observation_space, envs.single_action_space, args, images, discrete)
     except UserError:
         envs.close()
         raise
-    envs = EpisodeStatistics(envs)
-    if getattr(args, "normalize_obs", False):
-        envs = NormalizeObservation(envs)
-        envs.update_running_mean = not evaluation
-    return Envs(envs, clip_rewards=atari and not evaluation)
+    return Envs(envs, getattr(args, "normalize_obs", False), evaluation, clip_rewards=atari and not evaluation)
 
 
-class EpisodeStatistics(VectorWrapper):
-    """As gymnasium's RecordEpisodeStatistics: infos["episode"] holds "r" and "l" of the episodes in infos["_episode"].
-
-    A third of its cost, which for CartPole's native vector environment is half of a step.
-    """
+class WithoutInfos(gym.Wrapper):
+    """Nobody reads an environment's infos, and those of several environments need not fit together."""
 
     def reset(self, **kwargs):
-        self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
-        return self.env.reset(**kwargs)
+        return self.env.reset(**kwargs)[0], {}
 
-    def step(self, actions):
-        obs, rewards, terminated, truncated, infos = self.env.step(actions)
-        self._returns += rewards  # of a step that only resets: 0
-        self._lengths += 1
-        ended = terminated | truncated
-        for name in ("episode", "_episode"):  # an environment's own
-            infos.pop(name, None)
-        if ended.any():
-            infos["_episode"] = ended
-            infos["episode"] = {"r": self._returns.copy(), "l": self._lengths.copy()}
-            self._returns[ended] = 0
-            self._lengths[ended] = -1  # the next step only resets
-        return obs, rewards, terminated, truncated, infos
+    def step(self, action):
+        return *self.env.step(action)[:4], {}
 
 
 class Envs(VectorWrapper):
-    """What networks see: vectors as float32, actions of a Box in [-1, 1], Atari's rewards clipped (Mnih et al. 2015)."""
+    """gymnasium's vector environment as scripts and networks see it; instead of infos, step() returns ended episodes.
 
-    def __init__(self, envs, clip_rewards: bool):
-        super().__init__(envs)
+    Vectors are float32, actions of a Box lie in [-1, 1], those of Discrete start at 0, Atari's rewards are clipped (Mnih
+    et al. 2015). gymnasium's wrappers for it loop over the environments, its RecordEpisodeStatistics costs three times as much.
+    """
+
+    def __init__(self, envs, normalize: bool, evaluation: bool, clip_rewards: bool):
+        super().__init__(NormalizeObservation(envs) if normalize else envs)
+        self._normalizes = normalize
+        if normalize:
+            self.env.update_running_mean = not evaluation
         space = envs.single_observation_space
         if len(space.shape) == 1:
             self.single_observation_space = Box(-np.inf, np.inf, space.shape, np.float32)
@@ -105,7 +88,7 @@ class Envs(VectorWrapper):
         if self._box:
             self._bounds = space.low, space.high
             low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-            self._centre, self._half_range = (high + low) / 2, (high - low) / 2
+            self._center, self._half_range = (high + low) / 2, (high - low) / 2
             self.single_action_space = Box(-1.0, 1.0, space.shape, np.float32)
         else:
             self._start, self._action_dtype = int(space.start), space.dtype
@@ -113,88 +96,87 @@ class Envs(VectorWrapper):
         self._clip_rewards = clip_rewards
 
     def reset(self, **kwargs):
-        obs, infos = self.env.reset(**kwargs)
-        return obs.astype(self._dtype, copy=False), infos
+        self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        obs, _ = self.env.reset(**kwargs)
+        return obs.astype(self._dtype, copy=False), {}
 
     def step(self, actions: np.ndarray):
+        """obs, rewards, terminated, truncated, and (environment, return, length) of each episode that ended."""
         if self._box:  # a Gaussian's sample may lie outside, and rounding may leave the bounds by a digit
-            actions = self._centre + self._half_range * actions.clip(-1.0, 1.0)
+            actions = self._center + self._half_range * actions.clip(-1.0, 1.0)
             actions = actions.astype(self._bounds[0].dtype).clip(*self._bounds)
         elif self._start or self._action_dtype != actions.dtype:
             actions = (actions + self._start).astype(self._action_dtype)
-        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        obs, rewards, terminated, truncated, _ = self.env.step(actions)
+        self._returns += rewards  # of a step that only resets: 0
+        self._lengths += 1
+        episodes = []
+        for i in np.flatnonzero(terminated | truncated).tolist():
+            episodes.append((i, float(self._returns[i]), int(self._lengths[i])))
+            self._returns[i], self._lengths[i] = 0, -1  # the next step only resets
         if self._clip_rewards:
             rewards = rewards.clip(-1, 1)
-        return obs.astype(self._dtype, copy=False), rewards, terminated, truncated, infos
+        return obs.astype(self._dtype, copy=False), rewards, terminated, truncated, episodes
 
     def close(self, terminate: bool = False):
         """`terminate`: do not wait for the answer of worker processes, one of which may have died."""
         in_processes = isinstance(self.unwrapped, AsyncVectorEnv)
         self.env.close(**({"terminate": True} if terminate and in_processes else {}))
 
-    def picture(self, obs: np.ndarray) -> np.ndarray:
+    def frame(self, obs: np.ndarray) -> np.ndarray:
         """The first environment as an RGB picture (H, W, 3); Atari's does not render: what the agent sees, enlarged."""
         if self.render_mode == "rgb_array":
             return self.render()[0]
         return np.repeat(obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None], 3, axis=-1)
 
     def state_dict(self) -> dict:
-        """Statistics of the observation normalization, if there is one."""
-        if not isinstance(self.env, NormalizeObservation):
+        """Statistics of --normalize-obs, if they are kept."""
+        if not self._normalizes:
             return {}
-        rms = self.env.obs_rms  # --normalize-obs
+        rms = self.env.obs_rms
         return {"mean": torch.from_numpy(rms.mean), "var": torch.from_numpy(rms.var), "count": float(rms.count)}
 
     def load_state_dict(self, state: dict):
-        if isinstance(self.env, NormalizeObservation):
+        if self._normalizes:
             rms = self.env.obs_rms
             rms.mean, rms.var, rms.count = state["mean"].numpy().copy(), state["var"].numpy().copy(), state["count"]
 
 
 def find_spec(env_id: str):
-    """gymnasium's spec of an environment; raises UserError with near matches."""
-    if env_id.startswith("ALE/"):
-        try:
-            import ale_py
-
-            gym.register_envs(ale_py)
-        except ImportError:
-            raise missing_extra(env_id, "ale_py") from None
+    """gymnasium's spec of an environment; raises UserError, with gymnasium's own words where it names a remedy."""
     package, _, name = env_id.rpartition(":")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if package:
+            if env_id.startswith("ALE/"):
+                import ale_py
+
+                gym.register_envs(ale_py)
+            elif package:
                 if os.getcwd() not in sys.path:  # a package in the working directory, as `python -m` would find it
                     sys.path.append(os.getcwd())
                 __import__(package)
             return gym.spec(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"--env-id {env_id}: there is no package {error.name!r} to import.") from None
-    except gym.error.Error:
-        near = [env_id[: -len(name)] + each for each in difflib.get_close_matches(name, gym.registry, n=3)]
-        hint = f"did you mean {' or '.join(near)}?" if near else "see gymnasium.pprint_registry() for those there are."
-        raise UserError(f"There is no environment {env_id!r}; {hint}") from None
+        remedy = 'pip install -e ".[atari]"' if error.name == "ale_py" else f"there is no package {error.name!r} to import"
+        raise UserError(f"--env-id {env_id}: {remedy}.") from None
+    except gym.error.Error as error:
+        raise UserError(f"--env-id {env_id}: {error}") from None
 
 
-def missing_extra(env_id: str, entry_point: str, error: Exception | None = None) -> UserError:
-    for part, extra in EXTRAS.items():
-        if part in entry_point:
-            return UserError(f'{env_id} needs an extra: pip install -e ".[{extra}]"')
-    return UserError(f"{env_id} cannot be built: {error}")
-
-
-def check_spaces(observation_space, action_space, args):
-    """Raises UserError, naming the space and what to use instead, for spaces that no script supports."""
-    shape = observation_space.shape if isinstance(observation_space, Box) else None
+def check_spaces(obs_space, action_space, args, images: bool, discrete: bool):
+    """Raises UserError, naming the space and what to use instead, for spaces that a script does not take."""
+    shape = obs_space.shape if isinstance(obs_space, Box) else None
     if shape is None or len(shape) not in (1, 3):
         raise UserError(
-            f"The observation space {observation_space} is not supported; "
+            f"The observation space {obs_space} is not supported; "
             "gymnasium.wrappers.FlattenObservation makes it a vector."
         )
-    if len(shape) == 3 and (observation_space.dtype != np.uint8 or shape[0] > 16 or min(shape[1:]) < 36):
+    if len(shape) == 3 and not images:
+        raise UserError(f"This script takes vectors, not {obs_space}; for images use a2c_sync.py or a3c_async.py.")
+    if len(shape) == 3 and (obs_space.dtype != np.uint8 or shape[0] > 16 or min(shape[1:]) < 36):
         raise UserError(
-            f"Images must be uint8, channels first and at least 36 x 36, not {observation_space}; "
+            f"Images must be uint8, channels first and at least 36 x 36, not {obs_space}; "
             "gymnasium.wrappers.TransformObservation can bring them there."
         )
     if len(shape) == 3 and getattr(args, "normalize_obs", False):
@@ -206,20 +188,21 @@ def check_spaces(observation_space, action_space, args):
             f"The action space {action_space} is not supported; use Discrete or a bounded one-dimensional float Box "
             "(gymnasium.wrappers.TransformAction maps others to it)."
         )
+    if not bounded and not discrete:
+        raise UserError(f"This script needs continuous actions; for those of {args.env_id} use off_policy_ac.py.")
 
 
 def in_process(env):
-    """In a worker process: Ctrl-C and SIGTERM of a process group are for the main process, which then ends its workers."""
-    if multiprocessing.parent_process() is not None:
-        os.setpgrp()
-        flush_denormals()
+    """In its own process: Ctrl-C and SIGTERM of a process group are for the main process, which then ends its workers."""
+    os.setpgrp()
+    flush_denormals()
     return env
 
 
 def flush_denormals():
     """Numbers below 1e-38 (float64: 1e-308) become 0, in every process that has environments, which see it, too.
 
-    Adam's moments of dead units end there, and as denormals make its step several times as slow (docs/sac.md). Threads that torch
-    has already started keep their setting.
+    Adam's moments of dead units end there, and as denormals make its step several times as slow (docs/sac.md). Threads
+    that torch has already started keep their setting.
     """
     torch.set_flush_denormal(True)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.flags import UserError
 
 
 class RingBuffer:

@@ -8,13 +8,11 @@ The order in which one process sees another's writes is that of x86 (and of anyt
 """
 
 import ctypes
-import math
 import os
 import signal
 import sys
 import time
 import traceback
-from collections import Counter
 from multiprocessing import resource_tracker
 
 import numpy as np
@@ -22,11 +20,10 @@ import torch
 import torch.multiprocessing as mp
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.flags import UserError
 
-PAUSE = 2e-4  # seconds between two looks at a counter
-STARTUP = 300.0  # seconds that a new worker has for its imports and its environments
-RECENT = 120.0  # seconds: when all workers fail in one place within them, and none had worked longer, the run ends
+POLL_SECONDS = 2e-4  # between two looks at a counter
+STARTUP_SECONDS = 300.0  # that a new worker has for its imports and its environments
 MAX_REPLACED = 100  # workers in one run
 
 
@@ -95,7 +92,7 @@ class Snapshot:
                 version = int(self._version)
                 if int(self._number) == before:
                     return version
-            time.sleep(PAUSE)
+            time.sleep(POLL_SECONDS)
 
 
 @torch.no_grad()
@@ -106,14 +103,14 @@ def copy_parameters(to, source):
 class Worker:
     """A worker's own view: which one it is, and its line to the main process."""
 
-    def __init__(self, index: int, life: int, mailbox: Mailbox, beats: torch.Tensor, errors: torch.Tensor):
-        self.index, self.life = index, life  # life: how many there were before it in its place
+    def __init__(self, index: int, generation: int, mailbox: Mailbox, beats: torch.Tensor, errors: torch.Tensor):
+        self.index, self.generation = index, generation  # generation: how many there were before it in its place
         self._mailbox, self._beats, self._errors = mailbox, beats, errors
-        self._parent, self._owned = os.getpid(), []
+        self._close_at_exit = []
 
-    def owns(self, thing):
+    def close_at_exit(self, thing):
         """Gives `thing` back; its close() will be called when the worker ends, unless it is killed."""
-        self._owned.append(thing)
+        self._close_at_exit.append(thing)
         return thing
 
     def beat(self):
@@ -124,11 +121,11 @@ class Worker:
 
     def wait(self):
         """Waits until the main process has taken what was handed over last."""
-        pause = PAUSE
+        pause = POLL_SECONDS
         while self._mailbox.is_full():
             self.beat()
             time.sleep(pause)
-            pause = min(2 * pause, 50 * PAUSE)  # many that wait long would take the main process's time
+            pause = min(2 * pause, 50 * POLL_SECONDS)  # many that wait long would take the main process's time
 
     def send(self, **record):
         """Hands a record over."""
@@ -138,8 +135,10 @@ class Worker:
 
     def run(self, target, args: tuple):
         """The process: until it is told to end, or `target` fails."""
+        self._parent = os.getppid()  # the fork server, which ends with the main process
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a stopped one outlives its parent
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         torch.set_num_threads(1)
         try:
@@ -151,49 +150,9 @@ class Worker:
             self._errors[self.index, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
             signal.alarm(5)  # the end, if close() waits for a simulator that is broken
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        for thing in self._owned:
+        for thing in self._close_at_exit:
             thing.close()
         os._exit(1)
-
-
-class Lags:
-    """How many updates old the parameters were that acted (lecture decision D7): lag -> number of transitions."""
-
-    def __init__(self):
-        self._all, self._recent, self._dropped = Counter(), Counter(), 0
-
-    def add(self, lag: int, steps: int, max_lag: int | None) -> bool:
-        """Counts the transitions; False: they are too old to learn from."""
-        fresh = max_lag is None or lag <= max_lag
-        if fresh:
-            self._all[lag] += steps
-            self._recent[lag] += steps
-        else:
-            self._dropped += steps
-        return fresh
-
-    def scalars(self, logger, env_steps: int) -> dict:
-        """Mean and maximum since the last call, to be logged; the histogram goes to TensorBoard."""
-        recent, self._recent = self._recent, Counter()
-        if not recent:
-            return {"lag/dropped": self._dropped}
-        logger.histogram(env_steps, "lag/histogram", recent)
-        return {"lag/mean": mean(recent), "lag/max": max(recent), "lag/dropped": self._dropped}
-
-    def results(self) -> dict:
-        histogram = {str(lag): steps for lag, steps in sorted(self._all.items())}
-        largest = max(self._all, default=None)
-        return {"lag_mean": mean(self._all), "lag_max": largest, "lag_histogram": histogram, "dropped": self._dropped}
-
-    def state_dict(self) -> dict:
-        return {"all": dict(self._all), "dropped": self._dropped}
-
-    def load_state_dict(self, state: dict):
-        self._all, self._dropped = Counter(state["all"]), state["dropped"]
-
-
-def mean(lags: Counter) -> float | None:
-    return sum(lag * steps for lag, steps in lags.items()) / sum(lags.values()) if lags else None
 
 
 class Workers:
@@ -206,13 +165,13 @@ class Workers:
         self._target, self._timeout = target, timeout
         self._mailboxes = [Mailbox(fields) for _ in range(num)]
         self._beats, self._errors = shared((num,), np.float64), shared((num, 8192), np.uint8)
-        self._processes, self._lives = [None] * num, [0] * num
-        self._began = [math.inf] * num  # first beat of a worker's
+        self._processes, self._generations = [None] * num, [0] * num
         self._heard, self._silence = [0.0] * num, [0.0] * num  # last beat of a worker, seconds since
-        self._failures = {}  # worker -> time and traceback of the last time that it raised
-        self._stillborn = 0  # workers in a row that died before they began
+        self._failures = 0  # workers that died since a record came in
         self._last_watch = time.monotonic()
         self._turn = self.replaced = 0
+        # Forked from a process that has imported everything and run nothing, a worker starts in hundredths of a second
+        mp.set_forkserver_preload([target.__module__, "torch", "gymnasium", "tyro", "torch.utils.tensorboard"])
 
     def start(self, *args):
         """`args` go to the target behind its Worker; tensors among them should be shared."""
@@ -223,25 +182,34 @@ class Workers:
     def _start(self, index: int):
         self._beats[index] = self._errors[index] = 0
         self._heard[index] = self._silence[index] = 0.0
-        self._began[index] = math.inf
-        worker = Worker(index, self._lives[index], self._mailboxes[index], self._beats, self._errors)
-        process = mp.get_context("spawn").Process(target=worker.run, args=(self._target, self._args), daemon=True)
+        worker = Worker(index, self._generations[index], self._mailboxes[index], self._beats, self._errors)
+        process = mp.get_context("forkserver").Process(target=worker.run, args=(self._target, self._args), daemon=True)
         resource_tracker.ensure_running()  # it would lift the mask
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for the main process
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the fork server and its workers
         try:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._processes[index] = process
-        self._lives[index] += 1
+        self._generations[index] += 1
 
-    def receive(self) -> dict[str, np.ndarray] | None:
-        """A record of whichever worker has one, each in its turn."""
-        for _ in self._mailboxes:
-            self._turn = (self._turn + 1) % len(self._mailboxes)
-            if (record := self._mailboxes[self._turn].take()) is not None:
-                return record
-        return None
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def receive(self, seconds: float = 0.1) -> dict[str, np.ndarray] | None:
+        """A record of whichever worker has one, each in its turn; None if there is none for so long."""
+        end = time.monotonic() + seconds
+        while True:
+            self.watch()
+            for _ in self._mailboxes:
+                self._turn = (self._turn + 1) % len(self._mailboxes)
+                if (record := self._mailboxes[self._turn].take()) is not None:
+                    self._failures = 0
+                    return record
+            if time.monotonic() > end:
+                return None
+            time.sleep(POLL_SECONDS)
 
     def watch(self):
         """Replaces workers that died or hang, with a line each; raises UserError when that would not help.
@@ -256,39 +224,26 @@ class Workers:
         self._last_watch = now
         for index, process in enumerate(self._processes):
             beat = float(self._beats[index])
-            allowed = self._timeout if beat else max(self._timeout, STARTUP)
-            if beat:
-                self._stillborn = 0
-                self._began[index] = min(self._began[index], now)
+            allowed = self._timeout if beat else max(self._timeout, STARTUP_SECONDS)
             self._silence[index] = self._silence[index] + passed if beat == self._heard[index] else 0.0
             self._heard[index] = beat
             if process.exitcode is not None:
+                self._failures += 1
                 self._replace(index, self._cause(index, process.exitcode))
             elif self._silence[index] > allowed:
                 self._replace(index, f"gave no sign of life for {allowed:g} seconds")
 
     def _cause(self, index: int, exitcode: int) -> str:
-        """Why a worker died; raises UserError if all of them die of it."""
-        num, now = len(self._processes), time.monotonic()
         text = bytes(self._errors[index].numpy()).rstrip(b"\0").decode(errors="replace")
         if text:
-            frames = text.rpartition("\n  ")[0]  # without the message, which may hold numbers
-            before = self._failures.get(index, (-math.inf, ""))
-            if now - self._began[index] < RECENT:  # else it works, and fails now and then
-                self._failures[index] = now, frames
-            recent = [frames for when, frames in self._failures.values() if now - when < RECENT]
-            again = before[1] == frames and now - before[0] < RECENT
-            if len(recent) == num and len(set(recent)) == 1 and (num > 1 or again):
-                raise UserError(f"every worker fails in the same place:\n{text}")
             return f"failed:\n{text}"
         killed = f"was killed by signal {-exitcode}" if exitcode < 0 else f"exited with {exitcode}"
         if exitcode == -signal.SIGKILL:
             killed += ", SIGKILL (out of memory?)"
-        self._stillborn += not self._beats[index]
-        if self._stillborn >= max(2, num):
-            raise UserError(
-                f"workers die before they begin; the last {killed}. A program of your own that calls train() must do so "
-                'behind `if __name__ == "__main__":`, since every worker imports it.'
+        if not self._beats[index]:
+            killed += (
+                ' before it began. A program of your own that calls train() must do so behind `if __name__ == "__main__":`'
+                ", since every worker imports it"
             )
         return killed
 
@@ -296,9 +251,11 @@ class Workers:
         process = self._processes[index]
         name = f"worker {index} (process {process.pid})"
         end([process])
-        self.replaced += 1
-        if self.replaced > MAX_REPLACED:
+        if self._failures >= 2 * len(self._processes):
+            raise UserError(f"workers died {self._failures} times before anything came in; the last, {name}, {cause}")
+        if self.replaced == MAX_REPLACED:
             raise UserError(f"{MAX_REPLACED} workers have been replaced; the last, {name}, {cause}")
+        self.replaced += 1
         tqdm.write(f"{name} {cause}\n  replaced ({self.replaced} of at most {MAX_REPLACED})", file=sys.stderr)
         self._start(index)
 

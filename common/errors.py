@@ -1,2 +1,0 @@
-class UserError(ValueError):
-    """Something that the user can mend; the command line prints its one sentence instead of a traceback."""

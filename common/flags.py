@@ -1,0 +1,127 @@
+"""The flags that all scripts share; the range of a flag stands beside the flag."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Types of flags with a range, which check_flags and nobody else reads
+Count = Annotated[int, "[1, inf)"]
+Share = Annotated[float, "(0, 1]"]
+Fraction = Annotated[float, "[0, 1]"]
+Positive = Annotated[float, "(0, inf)"]
+NonNegative = Annotated[float, "[0, inf)"]
+
+
+class UserError(ValueError):
+    """Something that the user can mend; the command line prints its one sentence instead of a traceback."""
+
+
+@dataclass
+class RunArgs:
+    """Flags that all scripts share."""
+
+    env_id: str = "CartPole-v1"
+    """environment; `package:Name-v0` imports the package first"""
+    seed: Annotated[int, "[0, 4294967295]"] = 1
+    """seed of networks, actions and environments"""
+    total_timesteps: Count = 500_000
+    """environment steps (transitions of all environments together) to train for"""
+    num_envs: Count = 8
+    """environments that step in parallel"""
+    vectorization: Literal["auto", "sync", "async"] = "auto"
+    """auto: the environment's own vector form, else sync: one process; async: a process each, for slow simulators"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks live; auto: cuda if there is one"""
+    num_threads: Count = 1
+    """CPU threads of torch; 1 is fastest for small networks"""
+    run_dir: str | None = None
+    """folder for everything this run writes; by default runs/<env>__<script>__<seed>__<time>"""
+    resume: str | None = None
+    """run folder to go on with: takes every flag from there, flags given beside it override"""
+    checkpoint_every: Count | None = None
+    """environment steps between checkpoints, at each of which all environments start anew (not those of a3c_async.py);
+    by default ten a run, but not below 2000 steps of each environment"""
+    eval_episodes: Count = 20
+    """episodes of the greedy evaluation at the end"""
+
+
+def check_ranges(args: RunArgs):
+    """Raises UserError for the first flag outside its range (NaN included), its choices or its type."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        if not fits(value, hint):
+            raise UserError(f"--{name.replace('_', '-')} must {' or '.join(wanted(hint))}, got {value!r}.")
+
+
+def fits(value, hint) -> bool:
+    """Whether a value is of a flag's type, in its range, among its choices."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is Annotated:
+        kind, interval = get_args(hint)
+        low, high = (float(bound) for bound in interval[1:-1].split(","))
+        above = fits(value, kind) and (value > low or (value == low and interval[0] == "["))
+        return above and (value < high or (value == high and interval[-1] == "]"))
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, (str, Path) if hint is str else hint)
+
+
+def wanted(hint) -> list[str]:
+    """The same in words, an entry for each alternative."""
+    if get_origin(hint) in (Union, UnionType):
+        return [words for each in get_args(hint) if each is not NoneType for words in wanted(each)]
+    if get_origin(hint) is Literal:
+        return [f"be one of {', '.join(choices)}" if len(choices := get_args(hint)) > 1 else f"be {choices[0]}"]
+    if get_origin(hint) is Annotated:
+        return [f"lie in {get_args(hint)[1]}"]
+    return [{int: "be a whole number", float: "be a number", bool: "be True or False"}.get(hint, "be a text")]
+
+
+class Saved(str):
+    """A run folder, as the `resume` of flags that were read from it: what is changed in them afterwards, overrides."""
+
+
+def read_args(run_dir: str | Path) -> dict:
+    """The flags (and the script's name) that a run folder was made with."""
+    path = Path(run_dir) / "args.json"
+    try:
+        saved = json.loads(path.read_text())
+        if not (saved["script"].isidentifier() and (ROOT / f"{saved['script']}.py").is_file()):
+            raise ValueError
+        return saved
+    except FileNotFoundError:
+        raise UserError(f"{str(run_dir)!r} is no run folder: it has no args.json.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{str(path)!r} is damaged or was not written by this project.") from None
+
+
+def saved_args(run_dir: str | Path, Args: type[RunArgs], script: str) -> RunArgs:
+    """The flags of a run folder, to go on with: `--resume`."""
+    saved = read_args(run_dir)
+    if saved["script"] != script:
+        raise UserError(f"{str(run_dir)!r} was made by {saved['script']}.py; resume it with that script.")
+    names = {field.name for field in dataclasses.fields(Args)} - {"resume", "run_dir"}
+    return Args(resume=Saved(run_dir), **{name: value for name, value in saved.items() if name in names})
+
+
+def check_resumed(args: RunArgs, script: str) -> dict:
+    """The saved flags; UserError if `args` differ from them without having been read from them."""
+    if args.run_dir is not None:
+        raise UserError("--resume goes on in its own folder; leave --run-dir away.")
+    saved = saved_args(args.resume, type(args), script)
+    differing = [name for name, value in vars(saved).items() if name != "resume" and value != getattr(args, name)]
+    if differing and not isinstance(args.resume, Saved):
+        raise UserError(
+            f"Args(resume={str(args.resume)!r}) differs from that folder in {', '.join(differing)}; "
+            f"write train(dataclasses.replace(load_args({str(args.resume)!r}), ...)) with load_args of evaluate.py."
+        )
+    return vars(saved)

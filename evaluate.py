@@ -1,0 +1,87 @@
+"""Greedy evaluation of a run:  python evaluate.py RUN_DIR [--episodes N] [--video]"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import gymnasium as gym
+import numpy as np
+import tyro
+
+from common.checkpoint import load_checkpoint
+from common.envs import make_envs
+from common.evaluate import evaluate
+from common.flags import Count, RunArgs, UserError, check_ranges, read_args, saved_args
+
+
+@dataclass
+class Options:
+    run_dir: Annotated[str, tyro.conf.Positional]
+    """run folder of a trained agent"""
+    episodes: Count = 20
+    """episodes to play"""
+    video: bool = False
+    """write the first episode to RUN_DIR/video.mp4"""
+    seed: Annotated[int, "[0, 4294967295]"] | None = None
+    """seed of the environments; by default that of the run"""
+
+
+def load_args(run_dir: str | Path) -> RunArgs:
+    """The flags of a run folder, to train on: train(dataclasses.replace(load_args(run_dir), total_timesteps=...))."""
+    script = read_args(run_dir)["script"]
+    return saved_args(run_dir, importlib.import_module(script).Args, script)
+
+
+def load_agent(run_dir: str | Path):
+    """The trained agent of a run folder, its Args, the statistics of its environments, and its environment steps."""
+    args = load_args(run_dir)
+    check_ranges(args)
+    script = importlib.import_module(type(args).__module__)
+    content = load_checkpoint(run_dir, script.__name__)
+    envs = make_envs(args, 1, evaluation=True)
+    agent = script.make_agent(envs, args)
+    envs.close()
+    try:
+        agent.load_state_dict(content["parts"]["agent"])
+    except (KeyError, RuntimeError):
+        raise UserError(f"The checkpoint in {str(run_dir)!r} does not fit its args.json.") from None
+    return agent, args, content["parts"]["envs"], content["env_steps"]
+
+
+def write_video(agent, args: RunArgs, env_state: dict, run_dir: Path, seed: int):
+    """One episode, as RUN_DIR/video.mp4."""
+    try:
+        from moviepy import ImageSequenceClip
+    except ImportError:
+        raise UserError('--video needs an extra: pip install -e ".[video]"') from None
+    frames = []
+    try:
+        evaluate(agent, args, env_state, 1, seed, lambda envs, obs: frames.append(envs.frame(obs)), render=True)
+    except (TypeError, gym.error.Error) as error:
+        raise UserError(f"{args.env_id} does not render as rgb_array: {error}") from None
+    clip = ImageSequenceClip(frames, fps=30)
+    clip.write_videofile(str(run_dir / "video.mp4"), logger=None)
+    print(f"video of one episode, {len(frames)} frames: {run_dir / 'video.mp4'}")
+
+
+def main():
+    options = tyro.cli(Options, description=__doc__)
+    try:
+        check_ranges(options)
+        agent, args, env_state, env_steps = load_agent(options.run_dir)
+        seed = args.seed if options.seed is None else options.seed
+        if options.video:
+            write_video(agent, args, env_state, Path(options.run_dir), seed)
+        returns, lengths = evaluate(agent, args, env_state, options.episodes, seed)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(
+        f"greedy return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes of {args.env_id} "
+        f"(mean length {np.mean(lengths):.0f}), trained for {env_steps:,} environment steps"
+    )
+
+
+if __name__ == "__main__":
+    main()
