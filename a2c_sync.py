@@ -28,7 +28,6 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
-from gymnasium.spaces import Discrete
 
 from common.envs import make_envs
 from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, UserError
@@ -136,7 +135,7 @@ class Categorical:
 
 
 class Gaussian:
-    """π over actions (..., A): independent Gaussians; mean (..., A) from the network, log σ (A,) the same everywhere."""
+    """π over actions (..., A): independent Gaussians; mean (..., A) from the network, log σ (A,) a parameter."""
 
     def __init__(self, mean, log_std):
         self.mean, self.log_std = mean, log_std
@@ -172,10 +171,9 @@ class Actor(nn.Module):
         return Gaussian(outputs.tanh(), self.log_std)
 
     def bound_std(self):
-        """After an update: σ ≤ e, or an entropy bonus could raise it without limit. A clamp in forward() would have no
-        gradient back to smaller σ."""
+        """After an update: σ ≤ e, or an entropy bonus could raise it without limit."""
         if self.log_std is not None:
-            self.log_std.data.clamp_(max=1.0)
+            self.log_std.data.clamp_(max=1.0)  # a clamp in forward() would have no gradient back to smaller σ
 
 
 class Critic(nn.Module):
@@ -321,9 +319,7 @@ def trunk_gradients(agent, batch, args):
 
 
 def make_agent(envs, args: Args) -> ActorCritic:
-    space, discrete = envs.single_action_space, isinstance(envs.single_action_space, Discrete)
-    num_actions = int(space.n) if discrete else space.shape[0]
-    return ActorCritic(envs.single_observation_space.shape, num_actions, discrete, args.network == "shared")
+    return ActorCritic(envs.obs_spec[0], envs.num_actions, envs.discrete, args.network == "shared")
 
 
 def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
@@ -335,6 +331,15 @@ def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
     return RMSpropA3C(groups) if args.optimizer == "rmsprop" else torch.optim.Adam(groups, fused=True)
 
 
+def make_rollout(envs, T: int, N: int) -> Rollout:
+    """Storage for T steps of N environments, in NumPy arrays."""
+    (obs_shape, obs_dtype), (action_shape, action_dtype) = envs.obs_spec, envs.action_spec
+    obs = np.zeros((T + 1, N, *obs_shape), obs_dtype)  # float32, or uint8 images
+    actions = np.zeros((T, N, *action_shape), action_dtype)
+    rewards, terminated, done = (np.zeros((rows, N), np.float32) for rows in (T, T, T + 1))
+    return Rollout(obs, actions, rewards, terminated, done)
+
+
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)
@@ -343,13 +348,9 @@ def train(args: Args) -> dict:
     agent = make_agent(envs, args).to(run.device)
     optimizer = make_optimizer(agent, args)
 
-    # One rollout; the last row of obs and done is the state after its T steps
     T, N = args.num_steps, args.num_envs
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    obs = np.zeros((T + 1, N, *obs_space.shape), obs_space.dtype)  # float32, or uint8 images
-    actions = np.zeros((T, N, *action_space.shape), action_space.dtype)
-    rewards, terminated = np.zeros((T, N), np.float32), np.zeros((T, N), np.float32)
-    done = np.zeros((T + 1, N), np.float32)
+    rollout = make_rollout(envs, T, N)
+    obs, actions, rewards, terminated, done = rollout
 
     with run.open(agent=agent, envs=envs, optimizer=optimizer):
         obs[T], _ = envs.reset(seed=run.env_seed())
@@ -372,12 +373,9 @@ def train(args: Args) -> dict:
                 continue
 
             # Learn
-            arrays = obs, actions, rewards, terminated, done
-            rollout = Rollout(*(torch.as_tensor(array, device=run.device) for array in arrays))
-            conflict = {}
-            if args.network == "shared" and run.log_due():
-                conflict = trunk_gradients(agent, rollout, args)
-            metrics = update(agent, optimizer, rollout, args)
+            batch = Rollout(*(torch.as_tensor(array, device=run.device) for array in rollout))
+            conflict = trunk_gradients(agent, batch, args) if args.network == "shared" and run.log_due() else {}
+            metrics = update(agent, optimizer, batch, args)
             run.updates += 1
             run.log(metrics | conflict)
         return run.finish()

@@ -35,7 +35,6 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
-from gymnasium.spaces import Discrete
 
 from common.envs import env_seed, make_envs
 from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, UserError
@@ -176,7 +175,7 @@ class Categorical:
 
 
 class Gaussian:
-    """π over actions (..., A): independent Gaussians; mean (..., A) from the network, log σ (A,) the same everywhere."""
+    """π over actions (..., A): independent Gaussians; mean (..., A) from the network, log σ (A,) a parameter."""
 
     def __init__(self, mean, log_std):
         self.mean, self.log_std = mean, log_std
@@ -212,10 +211,9 @@ class Actor(nn.Module):
         return Gaussian(outputs.tanh(), self.log_std)
 
     def bound_std(self):
-        """After an update: σ ≤ e, or an entropy bonus could raise it without limit. A clamp in forward() would have no
-        gradient back to smaller σ."""
+        """After an update: σ ≤ e, or an entropy bonus could raise it without limit."""
         if self.log_std is not None:
-            self.log_std.data.clamp_(max=1.0)
+            self.log_std.data.clamp_(max=1.0)  # a clamp in forward() would have no gradient back to smaller σ
 
 
 class Critic(nn.Module):
@@ -351,49 +349,44 @@ def decay_learning_rates(optimizer, progress):
 METRICS = "critic_loss", "actor_loss", "value", "entropy"
 
 
-def record_spec(obs_space, action_space, args: Args) -> dict:
+def make_rollout(envs, T: int, N: int) -> Rollout:
+    """Storage for T steps of N environments, in NumPy arrays."""
+    (obs_shape, obs_dtype), (action_shape, action_dtype) = envs.obs_spec, envs.action_spec
+    obs = np.zeros((T + 1, N, *obs_shape), obs_dtype)  # float32, or uint8 images
+    actions = np.zeros((T, N, *action_shape), action_dtype)
+    rewards, terminated, done = (np.zeros((rows, N), np.float32) for rows in (T, T, T + 1))
+    return Rollout(obs, actions, rewards, terminated, done)
+
+
+def record_fields(rollout: Rollout, args: Args) -> dict:
     """What a worker hands over after T steps: name -> (shape, dtype)."""
-    T, N = args.num_steps, envs_of_worker(args)
-    fields = {"steps": ((), np.int64), "num_episodes": ((), np.int64), "episodes": ((T * N, 3), np.float64)}
+    number, T, N = ((), np.int64), *rollout.rewards.shape
+    fields = {"steps": number, "num_episodes": number, "episodes": ((T * N, 3), np.float64)}
     if args.update == "hogwild":
-        return fields | {"lag": ((), np.int64)} | {name: ((), np.float32) for name in METRICS}
-    return fields | {
-        "version": ((), np.int64),
-        "obs": ((T + 1, N, *obs_space.shape), obs_space.dtype),  # float32, or uint8 images
-        "actions": ((T, N, *action_space.shape), action_space.dtype),
-        "rewards": ((T, N), np.float32),
-        "terminated": ((T, N), np.float32),
-        "done": ((T + 1, N), np.float32),
-    }
+        return fields | {"lag": number} | {name: ((), np.float32) for name in METRICS}
+    return fields | {"version": number} | {name: (x.shape, x.dtype) for name, x in rollout._asdict().items()}
 
 
 def start_work(worker: Worker, args: Args, env_steps: int):
     """A worker's own noise, environments, networks and rollout."""
     seed = env_seed(args.seed, env_steps, worker.index, worker.generation)
     torch.manual_seed(seed)
-    T, N = args.num_steps, envs_of_worker(args)
+    N = envs_of_worker(args)
     envs = worker.close_at_exit(make_envs(args, N))
-    agent = make_agent(envs, args)
-
-    # One rollout; the last row of obs and done is the state after its T steps
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    obs = np.zeros((T + 1, N, *obs_space.shape), obs_space.dtype)  # float32, or uint8 images
-    actions = np.zeros((T, N, *action_space.shape), action_space.dtype)
-    rewards, terminated = np.zeros((T, N), np.float32), np.zeros((T, N), np.float32)
-    done = np.zeros((T + 1, N), np.float32)
-    obs[T], _ = envs.reset(seed=seed)
+    agent, rollout = make_agent(envs, args), make_rollout(envs, args.num_steps, N)
+    rollout.obs[-1], _ = envs.reset(seed=seed)
     worker.beat()
-    return envs, agent, Rollout(obs, actions, rewards, terminated, done)
+    return envs, agent, rollout
 
 
 def act(worker: Worker, args: Args, agent: ActorCritic, envs, rollout: Rollout) -> dict:
-    """T steps of N environments with the parameters that the worker has; returns how many were transitions, and episodes."""
+    """Fills the rollout with the parameters that the worker has; returns what is to be counted."""
     obs, actions, rewards, terminated, done = rollout
     T, N = rewards.shape
     ended = []
     obs[0], done[0] = obs[T], done[T]
     for t in range(T):
-        actions[t] = agent.act(torch.from_numpy(obs[t]))
+        actions[t] = agent.act(torch.as_tensor(obs[t]))
         obs[t + 1], rewards[t], terminated[t], truncated, episodes = envs.step(actions[t])
         done[t + 1] = np.maximum(terminated[t], truncated)
         ended += episodes
@@ -408,6 +401,8 @@ def act(worker: Worker, args: Args, agent: ActorCritic, envs, rollout: Rollout) 
 def hogwild_worker(worker: Worker, args: Args, env_steps: int, shared_agent, optimizer, worker_steps, worker_updates):
     """Learns from each of its rollouts. Entry i of the counts has one writer, worker i."""
     envs, agent, rollout = start_work(worker, args, env_steps)
+    batch = Rollout(*map(torch.from_numpy, rollout))
+    max_lag = math.inf if args.max_lag is None else args.max_lag
     while True:
         if worker_steps.sum() >= args.total_timesteps:  # enough: the main process will end this one
             worker.beat()
@@ -415,22 +410,20 @@ def hogwild_worker(worker: Worker, args: Args, env_steps: int, shared_agent, opt
             continue
         version = int(worker_updates.sum())  # before the copy: what comes in between counts as lag
         copy_parameters(agent.parameters(), shared_agent.parameters())
-        counts = act(worker, args, agent, envs, rollout)
-        if counts["steps"] == 0:
+        record = act(worker, args, agent, envs, rollout)
+        if record["steps"] == 0:
             continue
 
         def is_fresh():
-            nonlocal lag
-            lag = int(worker_updates.sum()) - version  # updates of others since this worker pulled
-            return args.max_lag is None or lag <= args.max_lag
+            record["lag"] = int(worker_updates.sum()) - version  # updates of others since this worker pulled
+            return record["lag"] <= max_lag
 
-        lag = None
         if args.lr_decay:
             decay_learning_rates(optimizer, int(worker_steps.sum()) / args.total_timesteps)
-        metrics = update(agent, optimizer, Rollout(*map(torch.from_numpy, rollout)), args, shared_agent, is_fresh)
-        worker_updates[worker.index] += args.max_lag is None or lag <= args.max_lag
-        worker.send(**counts, lag=lag, **metrics)
-        worker_steps[worker.index] += counts["steps"]  # when they have been handed over
+        record |= update(agent, optimizer, batch, args, shared_agent, is_fresh)
+        worker_updates[worker.index] += record["lag"] <= max_lag
+        worker.send(**record)
+        worker_steps[worker.index] += record["steps"]  # when they have been handed over
 
 
 def pooled_worker(worker: Worker, args: Args, env_steps: int, snapshot: Snapshot):
@@ -439,9 +432,9 @@ def pooled_worker(worker: Worker, args: Args, env_steps: int, snapshot: Snapshot
     while True:
         worker.wait()  # until the last rollout has been taken, or this one would be even older
         version = snapshot.pull(agent)
-        counts = act(worker, args, agent, envs, rollout)
-        if counts["steps"] > 0:
-            worker.send(**counts, version=version, **rollout._asdict())
+        record = act(worker, args, agent, envs, rollout)
+        if record["steps"] > 0:
+            worker.send(**record, version=version, **rollout._asdict())
 
 
 class Lags:
@@ -485,9 +478,7 @@ def mean(lags: Counter) -> float | None:
 
 
 def make_agent(envs, args: Args) -> ActorCritic:
-    space, discrete = envs.single_action_space, isinstance(envs.single_action_space, Discrete)
-    num_actions = int(space.n) if discrete else space.shape[0]
-    return ActorCritic(envs.single_observation_space.shape, num_actions, discrete, args.network == "shared")
+    return ActorCritic(envs.obs_spec[0], envs.num_actions, envs.discrete, args.network == "shared")
 
 
 def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
@@ -506,12 +497,12 @@ def train(args: Args) -> dict:
     hogwild = args.update == "hogwild"
     envs = make_envs(args, 1)  # for its spaces; the workers have their own
     agent = make_agent(envs, args).share_memory()
-    spec = record_spec(envs.single_observation_space, envs.single_action_space, args)
+    fields = record_fields(make_rollout(envs, args.num_steps, envs_of_worker(args)), args)
     envs.close()
     optimizer = make_optimizer(agent, args)
     snapshot, lags = Snapshot(agent), Lags()
     worker_steps, worker_updates = (shared((args.num_workers,), np.int64) for _ in range(2))
-    workers = Workers(hogwild_worker if hogwild else pooled_worker, args.num_workers, spec, args.worker_timeout)
+    workers = Workers(hogwild_worker if hogwild else pooled_worker, args.num_workers, fields, args.worker_timeout)
 
     with run.open(agent=agent, envs=workers, optimizer=optimizer, lags=lags):
         for state in optimizer.state.values():

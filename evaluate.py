@@ -50,6 +50,13 @@ def load_agent(run_dir: str | Path):
     return agent, args, content["parts"]["envs"], content["env_steps"]
 
 
+def frame(envs, obs: np.ndarray) -> np.ndarray:
+    """The first environment as an RGB picture (H, W, 3). Atari's does not render: what the agent sees, enlarged."""
+    if envs.render_mode == "rgb_array":
+        return envs.render()[0]
+    return np.repeat(obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None], 3, axis=-1)
+
+
 def write_video(agent, args: RunArgs, env_state: dict, run_dir: Path, seed: int):
     """One episode, as RUN_DIR/video.mp4."""
     try:
@@ -58,7 +65,7 @@ def write_video(agent, args: RunArgs, env_state: dict, run_dir: Path, seed: int)
         raise UserError('--video needs an extra: pip install -e ".[video]"') from None
     frames = []
     try:
-        evaluate(agent, args, env_state, 1, seed, lambda envs, obs: frames.append(envs.frame(obs)), render=True)
+        evaluate(agent, args, env_state, 1, seed, lambda envs, obs: frames.append(frame(envs, obs)), render=True)
     except (TypeError, gym.error.Error) as error:
         raise UserError(f"{args.env_id} does not render as rgb_array: {error}") from None
     clip = ImageSequenceClip(frames, fps=30)

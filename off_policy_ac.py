@@ -41,7 +41,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from gymnasium.spaces import Discrete
 
 from common.envs import make_envs
 from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, Share, UserError
@@ -143,7 +142,7 @@ class Categorical:
 
 
 class Gaussian:
-    """π over actions (..., A): independent Gaussians; mean (..., A) from the network, log σ (A,) the same everywhere."""
+    """π over actions (..., A): independent Gaussians; mean (..., A) from the network, log σ (A,) a parameter."""
 
     def __init__(self, mean, log_std):
         self.mean, self.log_std = mean, log_std
@@ -180,14 +179,13 @@ class Actor(nn.Module):
         return Gaussian(outputs.tanh(), self.log_std)
 
     def bound_std(self):
-        """After an update: σ ≤ e, or an entropy bonus could raise it without limit. A clamp in forward() would have no
-        gradient back to smaller σ."""
+        """After an update: σ ≤ e, or an entropy bonus could raise it without limit."""
         if self.log_std is not None:
-            self.log_std.data.clamp_(max=1.0)
+            self.log_std.data.clamp_(max=1.0)  # a clamp in forward() would have no gradient back to smaller σ
 
 
 class Critic(nn.Module):
-    """Q_φ: (B, D) observations, (..., B) or (..., B, A) actions -> (..., B). As V_φ it takes actions and ignores them."""
+    """Q_φ: (B, D) observations, (..., B) or (..., B, A) actions -> (..., B). As V_φ it ignores the actions."""
 
     def __init__(self, num_obs, num_actions, discrete, sees_actions):
         super().__init__()
@@ -319,9 +317,7 @@ def decay_learning_rates(optimizer, progress):
 
 
 def make_agent(envs, args: Args) -> ActorCritic:
-    space, discrete = envs.single_action_space, isinstance(envs.single_action_space, Discrete)
-    num_actions = int(space.n) if discrete else space.shape[0]
-    return ActorCritic(envs.single_observation_space.shape[0], num_actions, discrete, args.critic == "q")
+    return ActorCritic(*envs.obs_spec[0], envs.num_actions, envs.discrete, args.critic == "q")
 
 
 def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
@@ -331,19 +327,6 @@ def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, fused=True)
 
 
-def make_buffer(envs, args: Args, device: torch.device) -> RingBuffer:
-    obs, actions = envs.single_observation_space, envs.single_action_space
-    fields = {
-        "obs": (obs.shape, obs.dtype),
-        "actions": (actions.shape, actions.dtype),
-        "old_log_probs": ((), np.float32),
-        "rewards": ((), np.float32),
-        "next_obs": (obs.shape, obs.dtype),
-        "terminated": ((), np.float32),
-    }
-    return RingBuffer(args.buffer_size, fields, device)
-
-
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)
@@ -351,7 +334,16 @@ def train(args: Args) -> dict:
     envs = make_envs(args, images=False)
     agent = make_agent(envs, args).to(run.device)
     optimizer = make_optimizer(agent, args)
-    buffer = make_buffer(envs, args, run.device)
+    obs_spec, action_spec, number = envs.obs_spec, envs.action_spec, ((), np.float32)
+    fields = {
+        "obs": obs_spec,
+        "actions": action_spec,
+        "old_log_probs": number,
+        "rewards": number,
+        "next_obs": obs_spec,
+        "terminated": number,
+    }
+    buffer = RingBuffer(args.buffer_size, fields, run.device)
 
     with run.open(agent=agent, envs=envs, optimizer=optimizer, buffer=buffer):
         obs, _ = envs.reset(seed=run.env_seed())

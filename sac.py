@@ -2,8 +2,8 @@
 
 Against off_policy_ac.py: the policy gradient goes through the action into Q (reparameterization, D16). The reward
 includes the policy's entropy, weighed by a temperature α that is learned, and targets use the smallest estimate of
-several critics (D17). Actions are samples of a Gaussian, squashed into [-1, 1] by tanh; the environment's own bounds are
-applied behind it.
+several critics (D17). Actions are samples of a Gaussian, squashed into [-1, 1] by tanh; make_envs scales them to the
+environment's own bounds.
 
     (1)  a = tanh u,  u = μ_θ(s) + σ_θ(s) ε,  ε ~ N(0, 1)
     (2)  log π(a|s) = Σ_dim log N(u; μ, σ) − 2 (log 2 − u − softplus(−2u))
@@ -20,7 +20,7 @@ arXiv 1812.05905: (2) eq. 26, (3) eq. 2-5, (5) eq. 9, (8) eq. 18. `--estimator s
 score function's gradient as in off_policy_ac.py, all else equal.
 
     python sac.py                                     Pendulum-v1: greedy return -142 after 10,000 of its steps
-    python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000 --critic-lr 3e-4     return 5100
+    python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000 --critic-lr 3e-4      5100
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and
 the mask `valid` keeps it out of the buffer and the counts. In all other steps next_obs is the true successor of obs.
@@ -37,6 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from common.compile import compiled
 from common.envs import make_envs
 from common.flags import Count, Fraction, Positive, RunArgs, Share, UserError
 from common.ring_buffer import RingBuffer
@@ -125,7 +126,7 @@ class SquashedGaussian:
         return self.mean.tanh()
 
     def sample_with_log_prob(self, *num, reparam=True):
-        """Actions and their log-density; without `reparam` the actions are constants, as the score function needs them."""
+        """Actions and their log-density; without `reparam` the actions are constants, for the score function."""
         u = self.sample_u(*num)
         u = u if reparam else u.detach()
         log_probs = self.log_prob(u)
@@ -148,7 +149,9 @@ class Actor(nn.Module):
     def __init__(self, body, num_features, num_actions):
         super().__init__()
         self.body = body
-        self.head = orthogonal(nn.Linear(num_features, 2 * num_actions), gain=0.01)  # at first nearly the same everywhere
+        self.head = orthogonal(
+            nn.Linear(num_features, 2 * num_actions), gain=0.01
+        )  # at first nearly the same everywhere
 
     def forward(self, x):
         mean, log_std = self.head(self.body(x)).chunk(2, -1)
@@ -181,7 +184,9 @@ class Critics(nn.Module):
     def forward(self, obs, actions):
         obs = obs.expand(*actions.shape[:-1], -1)  # (..., B, D): K actions of each state
         x = torch.cat([obs, actions], -1).flatten(0, -2).expand(self.num, -1, -1)
-        return self.head(self.body(x)).view(self.num, *actions.shape[:-1])  # like the rewards; (..., B, 1) would broadcast
+        return self.head(self.body(x)).view(
+            self.num, *actions.shape[:-1]
+        )  # like the rewards; (..., B, 1) would broadcast
 
 
 class ActorCritic(nn.Module):
@@ -253,7 +258,9 @@ def loss_fn(agent, batch, args):
 
     # Targets
     with torch.no_grad():
-        next_actions, next_log_probs = agent.actor(batch.next_obs).sample_with_log_prob()  # what the policy would do now (D10)
+        next_actions, next_log_probs = agent.actor(
+            batch.next_obs
+        ).sample_with_log_prob()  # what the policy would do now (D10)
         next_q = agent.target_critics(batch.next_obs, next_actions)  # (M, B)
         q_target = soft_td_target(batch.rewards, batch.terminated, next_q, next_log_probs, alpha, args.gamma)
 
@@ -264,8 +271,12 @@ def loss_fn(agent, batch, args):
     # Actor
     reparam = args.estimator == "reparam"
     policy = agent.actor(batch.obs)
-    pi_actions, log_probs = policy.sample_with_log_prob(args.num_action_samples, reparam=reparam)  # (K, B, A): fresh (D11)
-    constants = {name: p.detach() for name, p in agent.critics.named_parameters()}  # the gradient goes through Q, not into it
+    pi_actions, log_probs = policy.sample_with_log_prob(
+        args.num_action_samples, reparam=reparam
+    )  # (K, B, A): fresh (D11)
+    constants = {
+        name: p.detach() for name, p in agent.critics.named_parameters()
+    }  # the gradient goes through Q, not into it
     pi_q = functional_call(agent.critics, constants, (batch.obs, pi_actions))  # (M, K, B)
     actor_loss = (actor_loss_fn if reparam else score_loss_fn)(log_probs, pi_q, alpha)
 
@@ -298,8 +309,8 @@ def update(agent, optimizer, batch, args):
 
 
 def make_agent(envs, args: Args) -> ActorCritic:
-    num_obs, num_actions = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    return ActorCritic(num_obs, num_actions, args.num_critics, 1.0 if args.alpha == "auto" else args.alpha)
+    alpha = 1.0 if args.alpha == "auto" else args.alpha
+    return ActorCritic(*envs.obs_spec[0], envs.num_actions, args.num_critics, alpha)
 
 
 def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
@@ -312,26 +323,17 @@ def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, fused=True)
 
 
-def make_buffer(envs, args: Args, device: torch.device) -> RingBuffer:
-    obs, actions = envs.single_observation_space, envs.single_action_space
-    fields = {
-        "obs": (obs.shape, obs.dtype),
-        "actions": (actions.shape, actions.dtype),
-        "rewards": ((), np.float32),
-        "next_obs": (obs.shape, obs.dtype),
-        "terminated": ((), np.float32),
-    }
-    return RingBuffer(args.buffer_size, fields, device)
-
-
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)
     check_flags(args)
+    update_fn = compiled(update, run.device) if args.compile else update
     envs = make_envs(args, images=False, discrete=False)
     agent = make_agent(envs, args).to(run.device)
     optimizer = make_optimizer(agent, args)
-    buffer = make_buffer(envs, args, run.device)
+    obs_spec, action_spec, number = envs.obs_spec, envs.action_spec, ((), np.float32)
+    fields = {"obs": obs_spec, "actions": action_spec, "rewards": number, "next_obs": obs_spec, "terminated": number}
+    buffer = RingBuffer(args.buffer_size, fields, run.device)
 
     with run.open(agent=agent, envs=envs, optimizer=optimizer, buffer=buffer):
         obs, _ = envs.reset(seed=run.env_seed())
@@ -344,7 +346,7 @@ def train(args: Args) -> dict:
 
             # Act with the latest policy, at first at random
             if run.env_steps < args.learning_starts:
-                actions = 2 * torch.rand(args.num_envs, *envs.single_action_space.shape) - 1
+                actions = 2 * torch.rand(args.num_envs, envs.num_actions) - 1
             else:
                 actions = agent.act(torch.as_tensor(obs, device=run.device))
             actions = actions.cpu().numpy()
@@ -361,7 +363,7 @@ def train(args: Args) -> dict:
             # Learn: so many updates for each transition, not for each step of all environments
             before, after = ((run.env_steps - n) * args.updates_per_step for n in (new_steps, 0))
             for _ in range(int(after) - int(before)):
-                metrics = update(agent, optimizer, buffer.sample(args.batch_size), args)
+                metrics = update_fn(agent, optimizer, buffer.sample(args.batch_size), args)
                 run.updates += 1
                 run.log(metrics)
         return run.finish()

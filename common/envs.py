@@ -22,7 +22,7 @@ def env_seed(seed: int, env_steps: int, *worker: int) -> int:
 def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, discrete=True) -> "Envs":
     """Vector environment of `args.env_id` with autoreset NEXT_STEP.
 
-    `evaluation`: true rewards and frozen statistics; `render`: for Envs.frame; `images`, `discrete`: whether the script
+    `evaluation`: true rewards and frozen statistics; `render`: as rgb_array; `images`, `discrete`: whether the script
     takes such observations and actions. Raises UserError for an environment or a space that it cannot train on.
     """
     flush_denormals()
@@ -71,7 +71,8 @@ class Envs(VectorWrapper):
     """gymnasium's vector environment as scripts and networks see it; instead of infos, step() returns ended episodes.
 
     Vectors are float32, actions of a Box lie in [-1, 1], those of Discrete start at 0, Atari's rewards are clipped (Mnih
-    et al. 2015). gymnasium's wrappers for it loop over the environments, its RecordEpisodeStatistics costs three times as much.
+    et al. 2015). gymnasium's wrappers loop over the environments, its RecordEpisodeStatistics costs three times as much.
+    `obs_spec`, `action_spec`: shape and dtype of one entry; `num_actions`: choices if `discrete`, else dimensions.
     """
 
     def __init__(self, envs, normalize: bool, evaluation: bool, clip_rewards: bool):
@@ -79,30 +80,28 @@ class Envs(VectorWrapper):
         self._normalizes = normalize
         if normalize:
             self.env.update_running_mean = not evaluation
-        space = envs.single_observation_space
-        if len(space.shape) == 1:
-            self.single_observation_space = Box(-np.inf, np.inf, space.shape, np.float32)
-        self._dtype = self.single_observation_space.dtype
+        shape, dtype = envs.single_observation_space.shape, envs.single_observation_space.dtype
+        self.obs_spec = shape, np.dtype(np.float32) if len(shape) == 1 else dtype
         space = envs.single_action_space
-        self._box = isinstance(space, Box)
-        if self._box:
+        self.discrete = isinstance(space, Discrete)
+        if self.discrete:
+            self.num_actions, self.action_spec = int(space.n), ((), np.dtype(np.int64))  # 0 to n − 1
+            self._start, self._action_dtype = int(space.start), space.dtype
+        else:
+            self.num_actions, self.action_spec = space.shape[0], (space.shape, np.dtype(np.float32))
             self._bounds = space.low, space.high
             low, high = space.low.astype(np.float64), space.high.astype(np.float64)
             self._center, self._half_range = (high + low) / 2, (high - low) / 2
-            self.single_action_space = Box(-1.0, 1.0, space.shape, np.float32)
-        else:
-            self._start, self._action_dtype = int(space.start), space.dtype
-            self.single_action_space = Discrete(int(space.n))  # 0 to n − 1, int64
         self._clip_rewards = clip_rewards
 
     def reset(self, **kwargs):
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         obs, _ = self.env.reset(**kwargs)
-        return obs.astype(self._dtype, copy=False), {}
+        return obs.astype(self.obs_spec[1], copy=False), {}
 
     def step(self, actions: np.ndarray):
         """obs, rewards, terminated, truncated, and (environment, return, length) of each episode that ended."""
-        if self._box:  # a Gaussian's sample may lie outside, and rounding may leave the bounds by a digit
+        if not self.discrete:  # a Gaussian's sample may lie outside, and rounding may leave the bounds by a digit
             actions = self._center + self._half_range * actions.clip(-1.0, 1.0)
             actions = actions.astype(self._bounds[0].dtype).clip(*self._bounds)
         elif self._start or self._action_dtype != actions.dtype:
@@ -116,18 +115,12 @@ class Envs(VectorWrapper):
             self._returns[i], self._lengths[i] = 0, -1  # the next step only resets
         if self._clip_rewards:
             rewards = rewards.clip(-1, 1)
-        return obs.astype(self._dtype, copy=False), rewards, terminated, truncated, episodes
+        return obs.astype(self.obs_spec[1], copy=False), rewards, terminated, truncated, episodes
 
     def close(self, terminate: bool = False):
         """`terminate`: do not wait for the answer of worker processes, one of which may have died."""
         in_processes = isinstance(self.unwrapped, AsyncVectorEnv)
         self.env.close(**({"terminate": True} if terminate and in_processes else {}))
-
-    def frame(self, obs: np.ndarray) -> np.ndarray:
-        """The first environment as an RGB picture (H, W, 3); Atari's does not render: what the agent sees, enlarged."""
-        if self.render_mode == "rgb_array":
-            return self.render()[0]
-        return np.repeat(obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None], 3, axis=-1)
 
     def state_dict(self) -> dict:
         """Statistics of --normalize-obs, if they are kept."""
@@ -158,7 +151,9 @@ def find_spec(env_id: str):
                 __import__(package)
             return gym.spec(name)
     except ModuleNotFoundError as error:
-        remedy = 'pip install -e ".[atari]"' if error.name == "ale_py" else f"there is no package {error.name!r} to import"
+        remedy = (
+            'pip install -e ".[atari]"' if error.name == "ale_py" else f"there is no package {error.name!r} to import"
+        )
         raise UserError(f"--env-id {env_id}: {remedy}.") from None
     except gym.error.Error as error:
         raise UserError(f"--env-id {env_id}: {error}") from None
@@ -166,30 +161,30 @@ def find_spec(env_id: str):
 
 def check_spaces(obs_space, action_space, args, images: bool, discrete: bool):
     """Raises UserError, naming the space and what to use instead, for spaces that a script does not take."""
-    shape = obs_space.shape if isinstance(obs_space, Box) else None
-    if shape is None or len(shape) not in (1, 3):
-        raise UserError(
-            f"The observation space {obs_space} is not supported; "
-            "gymnasium.wrappers.FlattenObservation makes it a vector."
+    image = isinstance(obs_space, Box) and len(obs_space.shape) == 3
+    box = isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.is_bounded()
+    box = box and np.issubdtype(action_space.dtype, np.floating)
+    if not image and not (isinstance(obs_space, Box) and len(obs_space.shape) == 1):
+        remedy = "gymnasium.wrappers.FlattenObservation makes it a vector"
+    elif image and not images:
+        remedy = "this script takes vectors; for images use a2c_sync.py or a3c_async.py"
+    elif image and (obs_space.dtype != np.uint8 or obs_space.shape[0] > 16 or min(obs_space.shape[1:]) < 36):
+        remedy = (
+            "images must be uint8, channels first and at least 36 x 36; "
+            "gymnasium.wrappers.TransformObservation can bring them there"
         )
-    if len(shape) == 3 and not images:
-        raise UserError(f"This script takes vectors, not {obs_space}; for images use a2c_sync.py or a3c_async.py.")
-    if len(shape) == 3 and (obs_space.dtype != np.uint8 or shape[0] > 16 or min(shape[1:]) < 36):
-        raise UserError(
-            f"Images must be uint8, channels first and at least 36 x 36, not {obs_space}; "
-            "gymnasium.wrappers.TransformObservation can bring them there."
+    elif image and getattr(args, "normalize_obs", False):
+        remedy = "--normalize-obs is for vectors; images are scaled in the network"
+    elif not box and not isinstance(action_space, Discrete):
+        remedy = (
+            f"{action_space} must be Discrete or a bounded one-dimensional float Box "
+            "(gymnasium.wrappers.TransformAction maps others to it)"
         )
-    if len(shape) == 3 and getattr(args, "normalize_obs", False):
-        raise UserError("--normalize-obs is for vectors; images are scaled in the network.")
-    bounded = isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.is_bounded()
-    bounded = bounded and np.issubdtype(action_space.dtype, np.floating)
-    if not bounded and not isinstance(action_space, Discrete):
-        raise UserError(
-            f"The action space {action_space} is not supported; use Discrete or a bounded one-dimensional float Box "
-            "(gymnasium.wrappers.TransformAction maps others to it)."
-        )
-    if not bounded and not discrete:
-        raise UserError(f"This script needs continuous actions; for those of {args.env_id} use off_policy_ac.py.")
+    elif not box and not discrete:
+        remedy = "this script needs continuous actions; for discrete ones use off_policy_ac.py"
+    else:
+        return
+    raise UserError(f"{args.env_id} has observations {obs_space} and actions {action_space}: {remedy}.")
 
 
 def in_process(env):

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,36 +54,26 @@ class RunArgs:
 def check_ranges(args: RunArgs):
     """Raises UserError for the first flag outside its range (NaN included), its choices or its type."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
-        value = getattr(args, name)
-        if not fits(value, hint):
-            raise UserError(f"--{name.replace('_', '-')} must {' or '.join(wanted(hint))}, got {value!r}.")
+        if words := unmet(value := getattr(args, name), hint):
+            raise UserError(f"--{name.replace('_', '-')} must {words}, got {value!r}.")
 
 
-def fits(value, hint) -> bool:
-    """Whether a value is of a flag's type, in its range, among its choices."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(fits(value, each) for each in get_args(hint))
-    if get_origin(hint) is Literal:
-        return isinstance(value, str) and value in get_args(hint)
-    if get_origin(hint) is Annotated:
-        kind, interval = get_args(hint)
-        low, high = (float(bound) for bound in interval[1:-1].split(","))
-        above = fits(value, kind) and (value > low or (value == low and interval[0] == "["))
-        return above and (value < high or (value == high and interval[-1] == "]"))
-    if hint in (int, float):
-        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-    return isinstance(value, (str, Path) if hint is str else hint)
-
-
-def wanted(hint) -> list[str]:
-    """The same in words, an entry for each alternative."""
-    if get_origin(hint) in (Union, UnionType):
-        return [words for each in get_args(hint) if each is not NoneType for words in wanted(each)]
-    if get_origin(hint) is Literal:
-        return [f"be one of {', '.join(choices)}" if len(choices := get_args(hint)) > 1 else f"be {choices[0]}"]
-    if get_origin(hint) is Annotated:
-        return [f"lie in {get_args(hint)[1]}"]
-    return [{int: "be a whole number", float: "be a number", bool: "be True or False"}.get(hint, "be a text")]
+def unmet(value, hint) -> str:
+    """What a flag's type, range or choices ask for, in words; nothing if the value fits."""
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        words = [unmet(value, each) for each in options]
+        return " or ".join(words) if all(words) else ""
+    if origin is Literal:
+        fits, words = value in options, f"be one of {', '.join(options)}"
+    elif origin is Annotated:
+        low, high = (float(bound) for bound in options[1][1:-1].split(","))
+        fits = not unmet(value, options[0]) and (low <= value if options[1][0] == "[" else low < value)
+        fits, words = fits and (value <= high if options[1][-1] == "]" else value < high), f"lie in {options[1]}"
+    else:
+        fits = isinstance(value, {int: Integral, float: Real, str: (str, Path)}.get(hint, hint))
+        fits, words = fits and (hint is bool or not isinstance(value, bool)), f"be {hint.__name__.removesuffix('Type')}"
+    return "" if fits else words
 
 
 class Saved(str):

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import resource
 import shlex
 import signal
 import sys
@@ -228,7 +227,6 @@ class Run:
             "eval_return_std": float(np.std(returns)),
             "eval_episodes": len(returns),
             "train_return_mean": self.logger.recent_return(),
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         } | extra
         results = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}
         write_json(self.dir / "results.json", results)
