@@ -336,6 +336,8 @@ def train(args: Args) -> dict:
     buffer = RingBuffer(args.buffer_size, fields, run.device)
 
     with run.open(agent=agent, envs=envs, optimizer=optimizer, buffer=buffer):
+        if args.alpha != "auto":
+            agent.log_alpha.data.fill_(math.log(args.alpha))  # with --resume it may be another one
         obs, _ = envs.reset(seed=run.env_seed())
         valid = np.ones(args.num_envs, bool)
         while run.env_steps < args.total_timesteps:

@@ -1,5 +1,6 @@
 """make_envs: the only place that builds environments."""
 
+import math
 import os
 import sys
 import warnings
@@ -11,7 +12,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorWrapper
 from gymnasium.wrappers.vector import NormalizeObservation
 
-from common.flags import UserError
+from common.flags import NotFinite, UserError
 
 
 def env_seed(seed: int, env_steps: int, *worker: int) -> int:
@@ -96,17 +97,22 @@ class Envs(VectorWrapper):
 
     def reset(self, **kwargs):
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
-        obs, _ = self.env.reset(**kwargs)
-        return obs.astype(self.obs_spec[1], copy=False), {}
+        obs = self.env.reset(**kwargs)[0].astype(self.obs_spec[1], copy=False)
+        check_finite("observation", obs)
+        return obs, {}
 
     def step(self, actions: np.ndarray):
         """obs, rewards, terminated, truncated, and (environment, return, length) of each episode that ended."""
         if not self.discrete:  # a Gaussian's sample may lie outside, and rounding may leave the bounds by a digit
+            check_finite("action", actions)
             actions = self._center + self._half_range * actions.clip(-1.0, 1.0)
             actions = actions.astype(self._bounds[0].dtype).clip(*self._bounds)
         elif self._start or self._action_dtype != actions.dtype:
             actions = (actions + self._start).astype(self._action_dtype)
         obs, rewards, terminated, truncated, _ = self.env.step(actions)
+        obs = obs.astype(self.obs_spec[1], copy=False)
+        check_finite("observation", obs)
+        check_finite("reward", rewards)
         self._returns += rewards  # of a step that only resets: 0
         self._lengths += 1
         episodes = []
@@ -115,7 +121,7 @@ class Envs(VectorWrapper):
             self._returns[i], self._lengths[i] = 0, -1  # the next step only resets
         if self._clip_rewards:
             rewards = rewards.clip(-1, 1)
-        return obs.astype(self.obs_spec[1], copy=False), rewards, terminated, truncated, episodes
+        return obs, rewards, terminated, truncated, episodes
 
     def close(self, terminate: bool = False):
         """`terminate`: do not wait for the answer of worker processes, one of which may have died."""
@@ -133,6 +139,11 @@ class Envs(VectorWrapper):
         if self._normalizes:
             rms = self.env.obs_rms
             rms.mean, rms.var, rms.count = state["mean"].numpy().copy(), state["var"].numpy().copy(), state["count"]
+
+
+def check_finite(name: str, values: np.ndarray):
+    if not math.isfinite(values.sum()) and not np.isfinite(values).all():  # the sum costs half as much
+        raise NotFinite(name)
 
 
 def find_spec(env_id: str):

@@ -22,6 +22,10 @@ class UserError(ValueError):
     """Something that the user can mend; the command line prints its one sentence instead of a traceback."""
 
 
+class NotFinite(UserError):
+    """NaN or infinite: an observation, reward, action, loss or weight, which the message names."""
+
+
 @dataclass
 class RunArgs:
     """Flags that all scripts share."""

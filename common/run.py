@@ -18,7 +18,7 @@ import tyro
 from common.checkpoint import load_checkpoint, restore_random, save_checkpoint
 from common.envs import env_seed
 from common.evaluate import evaluate
-from common.flags import ROOT, RunArgs, UserError, check_ranges, check_resumed, saved_args
+from common.flags import ROOT, NotFinite, RunArgs, UserError, check_ranges, check_resumed, saved_args
 from common.logger import Logger
 
 LOG_EVERY = 500  # environment steps; with rollouts of up to 500, losses are logged at least every 1000
@@ -116,12 +116,17 @@ class Run:
             pass
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
         self._restore_signals()
         try:
             self.logger.close()
         finally:
             self._release(terminate=kind is not None and kind is not SystemExit)
+        if kind is NotFinite:
+            raise UserError(
+                f"{error} is not finite at environment step {self.env_steps:,}; "
+                f"the last good checkpoint is in {str(self.dir)!r}."
+            ) from None
 
     def _release(self, terminate: bool = False):
         self._parts["envs"].close(terminate=terminate)
@@ -148,8 +153,8 @@ class Run:
         """Writes a checkpoint; on Ctrl-C and SIGTERM the run ends here."""
         states = {name: own(part.state_dict()) for name, part in self._parts.items()}
         for name, part in self._parts.items():
-            if isinstance(part, torch.nn.Module):
-                self._check_finite(f"{name}'s weights", *states[name].values())
+            if isinstance(part, torch.nn.Module) and not all(p.isfinite().all() for p in states[name].values()):
+                raise NotFinite(f"{name}'s weights")
         counters = {"env_steps": self.env_steps, "updates": self.updates, "next_log": self._next_log}
         content = {"script": self.script.stem, **counters, "logger": self.logger.state_dict(), "parts": states}
         save_checkpoint(self.dir, content)
@@ -193,16 +198,9 @@ class Run:
         if self.log_due():
             self._next_log = self.env_steps + LOG_EVERY
             for name, value in metrics.items():
-                if name.endswith("loss"):
-                    self._check_finite(name, torch.as_tensor(value))
+                if name.endswith("loss") and not math.isfinite(value):
+                    raise NotFinite(name)
             self.logger.log(self.env_steps, metrics)
-
-    def _check_finite(self, name: str, *tensors: torch.Tensor):
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            raise UserError(
-                f"{name} is not finite at environment step {self.env_steps:,} (a lower learning rate often helps); "
-                f"the last good checkpoint is in {str(self.dir)!r}."
-            )
 
     def finish(self, **extra) -> dict:
         """Last checkpoint, greedy evaluation, results.json, summary. `extra` goes into results.json."""
