@@ -46,9 +46,8 @@ def random_state() -> dict:
     """State of every generator that a script, torch or somebody's environment may draw from."""
     name, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": [name, keys.tolist(), *rest],
-    }  # fmt: skip
+    numpy = [name, keys.tolist(), *rest]
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": numpy}
 
 
 def restore_random(state: dict):

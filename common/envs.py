@@ -26,7 +26,9 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
     `evaluation`: true rewards and frozen statistics; `render`: as rgb_array; `images`, `discrete`: whether the script
     takes such observations and actions. Raises UserError for an environment or a space that it cannot train on.
     """
-    flush_denormals()
+    # Numbers below 1e-38 (float64: 1e-308) become 0, in every process that has environments, which see it, too. Adam's
+    # moments of dead units end there, and as denormals make its step several times as slow (docs/sac.md)
+    torch.set_flush_denormal(True)
     spec = find_spec(args.env_id)
     atari = spec.vector_entry_point == "ale_py.vector_env:AtariVectorEnv"
     native = args.vectorization == "auto" and spec.vector_entry_point is not None
@@ -71,8 +73,8 @@ class WithoutInfos(gym.Wrapper):
 class Envs(VectorWrapper):
     """gymnasium's vector environment as scripts and networks see it; instead of infos, step() returns ended episodes.
 
-    Vectors are float32, actions of a Box lie in [-1, 1], those of Discrete start at 0, Atari's rewards are clipped (Mnih
-    et al. 2015). gymnasium's wrappers loop over the environments, its RecordEpisodeStatistics costs three times as much.
+    Vectors are float32, actions of a Box lie in [-1, 1], those of Discrete start at 0, Atari's rewards are clipped
+    (Mnih et al. 2015). gymnasium's wrappers loop over the environments; its RecordEpisodeStatistics takes thrice as long.
     `obs_spec`, `action_spec`: shape and dtype of one entry; `num_actions`: choices if `discrete`, else dimensions.
     """
 
@@ -129,16 +131,12 @@ class Envs(VectorWrapper):
         self.env.close(**({"terminate": True} if terminate and in_processes else {}))
 
     def state_dict(self) -> dict:
-        """Statistics of --normalize-obs, if they are kept."""
-        if not self._normalizes:
-            return {}
-        rms = self.env.obs_rms
-        return {"mean": torch.from_numpy(rms.mean), "var": torch.from_numpy(rms.var), "count": float(rms.count)}
+        """Mean, variance and count of --normalize-obs, if they are kept."""
+        return {k: torch.as_tensor(v) for k, v in vars(self.env.obs_rms).items()} if self._normalizes else {}
 
     def load_state_dict(self, state: dict):
         if self._normalizes:
-            rms = self.env.obs_rms
-            rms.mean, rms.var, rms.count = state["mean"].numpy().copy(), state["var"].numpy().copy(), state["count"]
+            vars(self.env.obs_rms).update({name: value.numpy().copy() for name, value in state.items()})
 
 
 def check_finite(name: str, values: np.ndarray):
@@ -171,44 +169,29 @@ def find_spec(env_id: str):
 
 
 def check_spaces(obs_space, action_space, args, images: bool, discrete: bool):
-    """Raises UserError, naming the space and what to use instead, for spaces that a script does not take."""
+    """Raises UserError, naming the spaces and what to use instead, for those that a script does not take."""
+    vector = isinstance(obs_space, Box) and len(obs_space.shape) == 1
     image = isinstance(obs_space, Box) and len(obs_space.shape) == 3
     box = isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.is_bounded()
     box = box and np.issubdtype(action_space.dtype, np.floating)
-    if not image and not (isinstance(obs_space, Box) and len(obs_space.shape) == 1):
-        remedy = "gymnasium.wrappers.FlattenObservation makes it a vector"
-    elif image and not images:
-        remedy = "this script takes vectors; for images use a2c_sync.py or a3c_async.py"
-    elif image and (obs_space.dtype != np.uint8 or obs_space.shape[0] > 16 or min(obs_space.shape[1:]) < 36):
-        remedy = (
-            "images must be uint8, channels first and at least 36 x 36; "
-            "gymnasium.wrappers.TransformObservation can bring them there"
-        )
-    elif image and getattr(args, "normalize_obs", False):
-        remedy = "--normalize-obs is for vectors; images are scaled in the network"
-    elif not box and not isinstance(action_space, Discrete):
-        remedy = (
-            f"{action_space} must be Discrete or a bounded one-dimensional float Box "
-            "(gymnasium.wrappers.TransformAction maps others to it)"
-        )
-    elif not box and not discrete:
-        remedy = "this script needs continuous actions; for discrete ones use off_policy_ac.py"
-    else:
-        return
-    raise UserError(f"{args.env_id} has observations {obs_space} and actions {action_space}: {remedy}.")
+    uint8 = image and obs_space.dtype == np.uint8 and obs_space.shape[0] <= 16 and min(obs_space.shape[1:]) >= 36
+    for fits, remedy in (
+        (vector or image, "gymnasium.wrappers.FlattenObservation makes observations a vector"),
+        (vector or images, "this script takes vectors; for images use a2c_sync.py or a3c_async.py"),
+        (
+            vector or uint8,
+            "images must be uint8, channels first and at least 36 x 36 (TransformObservation maps others)",
+        ),
+        (vector or not getattr(args, "normalize_obs", False), "--normalize-obs is for vectors"),
+        (box or isinstance(action_space, Discrete), "actions must be Discrete or a bounded one-dimensional float Box"),
+        (box or discrete, "this script needs continuous actions; for discrete ones use off_policy_ac.py"),
+    ):
+        if not fits:
+            raise UserError(f"{args.env_id} has observations {obs_space} and actions {action_space}: {remedy}.")
 
 
 def in_process(env):
-    """In its own process: Ctrl-C and SIGTERM of a process group are for the main process, which then ends its workers."""
+    """In a process of its own: Ctrl-C and SIGTERM of a process group are for the main process, which then ends it."""
     os.setpgrp()
-    flush_denormals()
-    return env
-
-
-def flush_denormals():
-    """Numbers below 1e-38 (float64: 1e-308) become 0, in every process that has environments, which see it, too.
-
-    Adam's moments of dead units end there, and as denormals make its step several times as slow (docs/sac.md). Threads
-    that torch has already started keep their setting.
-    """
     torch.set_flush_denormal(True)
+    return env

@@ -81,7 +81,7 @@ def unmet(value, hint) -> str:
 
 
 class Saved(str):
-    """A run folder, as the `resume` of flags that were read from it: what is changed in them afterwards, overrides."""
+    """The run folder that flags were read from, as their `resume`: what is changed in them afterwards, overrides."""
 
 
 def read_args(run_dir: str | Path) -> dict:
@@ -99,23 +99,9 @@ def read_args(run_dir: str | Path) -> dict:
 
 
 def saved_args(run_dir: str | Path, Args: type[RunArgs], script: str) -> RunArgs:
-    """The flags of a run folder, to go on with: `--resume`."""
+    """The flags of a run folder, to go on with."""
     saved = read_args(run_dir)
     if saved["script"] != script:
         raise UserError(f"{str(run_dir)!r} was made by {saved['script']}.py; resume it with that script.")
     names = {field.name for field in dataclasses.fields(Args)} - {"resume", "run_dir"}
     return Args(resume=Saved(run_dir), **{name: value for name, value in saved.items() if name in names})
-
-
-def check_resumed(args: RunArgs, script: str) -> dict:
-    """The saved flags; UserError if `args` differ from them without having been read from them."""
-    if args.run_dir is not None:
-        raise UserError("--resume goes on in its own folder; leave --run-dir away.")
-    saved = saved_args(args.resume, type(args), script)
-    differing = [name for name, value in vars(saved).items() if name != "resume" and value != getattr(args, name)]
-    if differing and not isinstance(args.resume, Saved):
-        raise UserError(
-            f"Args(resume={str(args.resume)!r}) differs from that folder in {', '.join(differing)}; "
-            f"write train(dataclasses.replace(load_args({str(args.resume)!r}), ...)) with load_args of evaluate.py."
-        )
-    return vars(saved)

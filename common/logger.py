@@ -46,7 +46,7 @@ class Logger:
             self._returns.append(episodic_return)
             self._episodes.append((episodic_return, length))
             self._csv.write(f"{env_steps},{seconds:.3f},charts/episodic_return,{episodic_return!r}\n")
-            self._csv.write(f"{env_steps},{seconds:.3f},charts/episodic_length,{length}\n")
+            self._csv.write(f"{env_steps},{seconds:.3f},charts/episodic_length,{length:.0f}\n")
 
     def log(self, env_steps: int, metrics: dict):
         """Logs numbers or one-element tensors: critic_loss becomes the tag losses/critic_loss."""

@@ -8,7 +8,9 @@ import random
 import shlex
 import signal
 import sys
+import threading
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import tyro
 from common.checkpoint import load_checkpoint, restore_random, save_checkpoint
 from common.envs import env_seed
 from common.evaluate import evaluate
-from common.flags import ROOT, NotFinite, RunArgs, UserError, check_ranges, check_resumed, saved_args
+from common.flags import ROOT, NotFinite, RunArgs, Saved, UserError, check_ranges, saved_args
 from common.logger import Logger
 
 LOG_EVERY = 500  # environment steps; with rollouts of up to 500, losses are logged at least every 1000
@@ -46,7 +48,7 @@ class Run:
     """One training run; `env_steps` and `updates` count what has been done.
 
     run = Run(args, __file__)                           checks the flags, seeds all generators; nothing is written yet
-    with run.open(agent=agent, envs=envs, ...):         makes or resumes the folder; parts have (load_)state_dict()
+    with run.open(agent=agent, envs=envs, ...):         makes or resumes the folder
         while run.env_steps < args.total_timesteps:
             if run.checkpoint_due():
                 run.save()                              on Ctrl-C and SIGTERM the run ends here
@@ -57,89 +59,72 @@ class Run:
 
     def __init__(self, args: RunArgs, script: str):
         self.args, self.script = args, Path(script)
+        self.env_steps = self.updates = self._next_log = 0
+        self._saved = self._stop_signal = None
         check_ranges(args)
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu.")
         self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-        self.env_steps = self.updates = self._next_log = 0
-        self._saved = None
+        env = args.env_id.replace("/", "-").replace(":", "-")
+        default = f"runs/{env}__{self.script.stem}__{args.seed}__{time.time_ns()}"
+        self.dir = Path(args.resume or args.run_dir or default)
         if args.resume is not None:
-            flags = check_resumed(args, self.script.stem)
-            self._saved = load_checkpoint(args.resume, self.script.stem)
+            if args.run_dir is not None:
+                raise UserError("--resume goes on in its own folder; leave --run-dir away.")
+            flags = vars(saved_args(args.resume, type(args), self.script.stem))
+            differing = [name for name in flags if name != "resume" and flags[name] != getattr(args, name)]
+            if differing and not isinstance(args.resume, Saved):
+                raise UserError(
+                    f"Args(resume={str(args.resume)!r}) differs from that run in {', '.join(differing)}; write "
+                    "dataclasses.replace(load_args(run_dir), ...) with load_args of evaluate.py to change flags."
+                )
+            self._saved = load_checkpoint(self.dir, self.script.stem)
             if args.total_timesteps < min(self._saved["env_steps"], flags["total_timesteps"]):
-                raise UserError(f"{str(args.resume)!r} has {self._saved['env_steps']:,} environment steps already.")
-        elif args.run_dir is not None and (path := Path(args.run_dir)).exists():
-            if not path.is_dir() or any(path.iterdir()):
-                raise UserError(f"--run-dir {args.run_dir!r} is already in use; name another, or go on with --resume.")
+                raise UserError(f"{str(self.dir)!r} has {self._saved['env_steps']:,} environment steps already.")
+        elif self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+            raise UserError(f"--run-dir {str(self.dir)!r} is already in use; name another, or go on with --resume.")
         torch.set_num_threads(args.num_threads)
         random.seed(args.seed)
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)
 
-    def open(self, **parts) -> "Run":
-        """Makes or resumes the run folder; `parts` are saved in every checkpoint."""
+    @contextmanager
+    def open(self, **parts):
+        """Makes or resumes the run folder; `parts`, which have (load_)state_dict(), are saved in every checkpoint."""
         self._parts, args, saved, self._saved = parts, self.args, self._saved, None
-        self._stop_signal, self._handlers, self._lock = None, {}, None
-        # Resets that come before an episode's end would keep it from ever being seen
-        self._every = args.checkpoint_every or max(args.total_timesteps // 10, 2_000 * (args.num_envs or 1))
-        try:
-            self._make_folder()
+        with ExitStack() as stack:  # whatever happens, closes what has been opened
+            stack.push(lambda kind, *_: parts["envs"].close(terminate=kind not in (None, SystemExit)))
+            try:
+                self.dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--run-dir {str(self.dir)!r} cannot be made: {error.strerror}.") from None
+            stack.callback(os.close, lock(self.dir))
             if saved is not None:
                 self._restore(saved)
             (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
             write_json(self.dir / "args.json", {"script": self.script.stem} | vars(args) | {"resume": None})
             self.logger = Logger(self.dir, args.total_timesteps, self.env_steps, saved and saved["logger"])
+            stack.callback(self.logger.close)
+            # Resets that come before an episode's end would keep it from ever being seen
+            self._every = args.checkpoint_every or max(args.total_timesteps // 10, 2_000 * (args.num_envs or 1))
             self._next_checkpoint = (self.env_steps // self._every + 1) * self._every
             if saved is None:
                 self.save()
-        except BaseException:
-            self._release(terminate=True)
-            raise
-        print(f"{self.script.name} on {args.env_id}, {self.device}, run folder {self.dir}", file=sys.stderr)
-        return self
-
-    def _make_folder(self):
-        env = self.args.env_id.replace("/", "-").replace(":", "-")
-        default = f"runs/{env}__{self.script.stem}__{self.args.seed}__{time.time_ns()}"
-        self.dir = Path(self.args.resume or self.args.run_dir or default)
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--run-dir {str(self.dir)!r} cannot be made: {error.strerror}.") from None
-        self._lock = lock(self.dir)
-
-    def __enter__(self):
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._request_stop)
-        except ValueError:  # not in the main thread: whoever started the thread handles signals
-            pass
-        return self
-
-    def __exit__(self, kind, error, _):
-        self._restore_signals()
-        try:
-            self.logger.close()
-        finally:
-            self._release(terminate=kind is not None and kind is not SystemExit)
-        if kind is NotFinite:
-            raise UserError(
-                f"{error} is not finite at environment step {self.env_steps:,}; "
-                f"the last good checkpoint is in {str(self.dir)!r}."
-            ) from None
-
-    def _release(self, terminate: bool = False):
-        self._parts["envs"].close(terminate=terminate)
-        if self._lock is not None:
-            os.close(self._lock)
+            print(f"{self.script.name} on {args.env_id}, {self.device}, run folder {self.dir}", file=sys.stderr)
+            if threading.current_thread() is threading.main_thread():  # else who started the thread handles signals
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    stack.callback(signal.signal, number, signal.signal(number, self._request_stop))
+            try:
+                yield
+            except NotFinite as error:
+                raise UserError(
+                    f"{error} is not finite at environment step {self.env_steps:,}; "
+                    f"the last good checkpoint is in {str(self.dir)!r}."
+                ) from None
 
     def _request_stop(self, number, _frame):
         self._stop_signal = number
-        self._restore_signals()  # a second Ctrl-C ends at once
-
-    def _restore_signals(self):
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        signal.signal(number, signal.default_int_handler)  # a second Ctrl-C ends at once
 
     def env_seed(self) -> int:
         """For the reset of all environments at this step. Simulators cannot be saved, so every checkpoint resets them:
@@ -232,8 +217,8 @@ class Run:
         print(
             f"greedy return {np.mean(returns):.1f} ± {np.std(returns):.1f} "
             f"over {len(returns)} episodes of {args.env_id}\n"
-            f"after {self.env_steps:,} environment steps in {seconds / 60:.1f} minutes ({results['sps']:,.0f} steps/s), "
-            f"run folder {self.dir}\n"
+            f"after {self.env_steps:,} environment steps in {seconds / 60:.1f} minutes "
+            f"({results['sps']:,.0f} steps/s), run folder {self.dir}\n"
             f"  see it play    python {shlex.quote(os.path.relpath(ROOT / 'evaluate.py'))} {folder} --video\n"
             f"  see it learn   tensorboard --logdir {folder}"
         )
@@ -250,7 +235,7 @@ def own(state):
 
 
 def layout(state: dict):
-    """What two states of a part must have in common: their names, or for an optimizer its groups' sizes and settings."""
+    """What two states of a part must have in common: names, or an optimizer's groups with their sizes and settings."""
     if "param_groups" in state:
         return [(len(group["params"]), *sorted(group)) for group in state["param_groups"]]
     return sorted(state)

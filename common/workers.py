@@ -1,8 +1,8 @@
 """Worker processes: started, watched and replaced. What they hand over goes through shared memory, without a lock.
 
-A process that dies inside a lock or a queue leaves it blocked for everybody. Here every number has one writer, so a worker
-may be killed or stopped at any moment: what it had not finished handing over is lost, and nothing else. What a worker
-computes is up to the script, which gives a module-level function `target(worker, *args)`.
+A process that dies inside a lock or a queue leaves it blocked for everybody. Here every number has one writer, so a
+worker may be killed or stopped at any moment: what it had not finished handing over is lost, and nothing else. What a
+worker computes is up to the script, which gives a module-level function `target(worker, *args)`.
 
 The order in which one process sees another's writes is that of x86 (and of anything as strict).
 """
@@ -156,7 +156,7 @@ class Worker:
 
 
 class Workers:
-    """`num` processes that run target(worker, *args), each replaced when it dies or has not beaten for `timeout` seconds.
+    """`num` processes that run target(worker, *args), replaced when they die or have not beaten for `timeout` seconds.
 
     To `Run` they are the environments: close() ends them.
     """
@@ -241,10 +241,7 @@ class Workers:
         if exitcode == -signal.SIGKILL:
             killed += ", SIGKILL (out of memory?)"
         if not self._beats[index]:
-            killed += (
-                ' before it began. A program of your own that calls train() must do so behind `if __name__ == "__main__":`'
-                ", since every worker imports it"
-            )
+            killed += ' before it began (if your own program calls train(): behind `if __name__ == "__main__":`?)'
         return killed
 
     def _replace(self, index: int, cause: str):

@@ -2,17 +2,20 @@
 
 import json
 import math
+from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
-import toy_envs  # registers the environments
 import torch
-from helpers import checkpoint, metrics, record_initial_weights, results, same
+import toy_envs  # registers the environments
+from gymnasium.spaces import Box, Discrete
+from helpers import checkpoint, metrics, results, same
 
 import a2c_sync
-from a2c_sync import Args, train
+from a2c_sync import Args, Rollout, make_agent, make_optimizer, make_rollout, train
 from common.envs import make_envs
-from common.evaluate import load_agent
+from evaluate import load_agent
 
 SHORT = {"total_timesteps": 400, "num_envs": 3, "num_steps": 5, "eval_episodes": 2}
 
@@ -21,69 +24,97 @@ def run(**flags):
     return train(Args(run_dir="run", **(SHORT | flags)))
 
 
-# --- Episode boundaries (pitfalls 1 to 5) -----------------------------------------------------------------------------
+# --- Episode boundaries (docs/pitfalls.md 1 to 5) ---------------------------------------------------------------------
 
 
-class Recorder:
-    """Records every batch that train() learns from, as its equations receive it."""
+@pytest.fixture
+def updates(monkeypatch):
+    """Every update of a run: its batch, the learning rates, and the parameters before it."""
+    found, original = [], a2c_sync.update
 
-    def __init__(self, monkeypatch):
-        self.batches = []
-        gae, critic_loss_fn, forward = a2c_sync.gae, a2c_sync.critic_loss_fn, a2c_sync.Critic.forward
-        actor_loss_fn = a2c_sync.actor_loss_fn
+    def record(agent, optimizer, batch, args):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        before = {name: p.detach().clone() for name, p in agent.named_parameters()}
+        found.append((Rollout(*(x.clone() for x in batch)), rates, before))
+        return original(agent, optimizer, batch, args)
 
-        def record_obs(critic, features):
-            self.obs = features.clone()
-            return forward(critic, features)
-
-        def record_flags(values, rewards, terminated, done, *rest):
-            self.flags = {"rewards": rewards.clone(), "terminated": terminated.clone(), "done": done.clone()}
-            return gae(values, rewards, terminated, done, *rest)
-
-        def record_valid(values, returns, valid):
-            assert values.requires_grad and not returns.requires_grad
-            self.batches.append(self.flags | {"obs": self.obs, "valid": valid.clone()})
-            return critic_loss_fn(values, returns, valid)
-
-        def same_in_actor(log_probs, advantages, entropy, ent_coef, valid):
-            assert torch.equal(valid, self.batches[-1]["valid"]) and not advantages.requires_grad
-            return actor_loss_fn(log_probs, advantages, entropy, ent_coef, valid)
-
-        monkeypatch.setattr(a2c_sync, "actor_loss_fn", same_in_actor)
-        monkeypatch.setattr(a2c_sync.Critic, "forward", record_obs)
-        monkeypatch.setattr(a2c_sync, "gae", record_flags)
-        monkeypatch.setattr(a2c_sync, "critic_loss_fn", record_valid)
-
-    def transitions(self):
-        """(env, s, s', reward, terminated, done) of everything that entered a loss."""
-        for batch in self.batches:
-            for t, n in batch["valid"].nonzero().tolist():
-                s, next_s = batch["obs"][t, n].tolist(), batch["obs"][t + 1, n].tolist()
-                yield n, s, next_s, *(batch[name][t, n].item() for name in ("rewards", "terminated", "done"))
+    monkeypatch.setattr(a2c_sync, "update", record)
+    return found
 
 
-@pytest.mark.parametrize("num_steps", [1, 4, 7])
-def test_what_is_learned_from_is_what_happened(workdir, monkeypatch, num_steps):
-    recorder = Recorder(monkeypatch)
-    end = run(env_id="toy_envs:Counting-v0", num_steps=num_steps, checkpoint_every=10**9)
-    transitions = list(recorder.transitions())
-    assert len(transitions) == end["env_steps"]  # all of them, and no reset step
-    ends = {True: 0, False: 0}
-    for n, (episode, t), (next_episode, next_t), reward, terminated, done in transitions:
-        assert (next_episode, next_t) == (episode, t + 1)  # s' is the true successor, never the reset observation
-        assert reward == next_t
-        assert terminated == (done and episode % 3 != 0)  # both at once counts as terminated
-        ends[bool(terminated)] += int(done)
-    assert min(ends.values()) > 10
-    # Transitions = sum of the lengths of the episodes that ended, plus those that were going on
-    lengths = [float(value) for _, tag, value in metrics("run") if tag == "charts/episodic_length"]
-    returns = [float(value) for _, tag, value in metrics("run") if tag == "charts/episodic_return"]
-    assert len(lengths) == sum(ends.values())
-    going_on = {}
-    for n, _, (_, next_t), _, _, done in transitions:
-        going_on[n] = 0 if done else next_t
-    assert sum(lengths) + sum(going_on.values()) == end["env_steps"]
-    assert returns == [length * (length + 1) / 2 for length in lengths]  # rewards 1, 2, ..., length
+@pytest.mark.parametrize("num_steps, checkpoint_every", [(1, 10**9), (4, 10**9), (7, 10**9), (4, 50), (1, 20)])
+def test_what_is_learned_from_is_what_happened(workdir, updates, num_steps, checkpoint_every):
+    """All transitions, no reset step, every (s, s') consecutive; resets at checkpoints included."""
+    end = run(env_id="toy_envs:Counting-v0", num_steps=num_steps, checkpoint_every=checkpoint_every)
+    assert end["updates"] == len(updates)
+    learned, ends, going_on, lengths = 0, {True: 0, False: 0}, {}, []
+    for obs, actions, rewards, terminated, done in (batch for batch, _, _ in updates):
+        assert obs.shape == (num_steps + 1, 3, 2) and done.shape == (num_steps + 1, 3)
+        assert actions.shape == rewards.shape == terminated.shape == (num_steps, 3)
+        for t, n in (done[:-1] == 0).nonzero().tolist():
+            (episode, step), (next_episode, next_step) = obs[t, n].tolist(), obs[t + 1, n].tolist()
+            assert (next_episode, next_step) == (episode, step + 1)  # the true successor, never the reset observation
+            assert rewards[t, n] == next_step
+            assert terminated[t, n] == (done[t + 1, n] and episode % 3 != 0)  # both at once counts as terminated
+            learned += 1
+            going_on[n, episode] = step + 1
+            if done[t + 1, n]:
+                ends[bool(terminated[t, n])] += 1
+                lengths.append(going_on.pop((n, episode)))
+    assert learned == end["env_steps"]
+    # Transitions = sum of the lengths of the episodes that ended, plus those that were going on or cut by a checkpoint
+    assert sum(lengths) + sum(going_on.values()) == learned and min(ends.values()) > 10
+    logged = {tag: [float(value) for _, t, value in metrics("run") if t == tag] for _, tag, _ in metrics("run")}
+    assert sorted(logged["charts/episodic_length"]) == sorted(lengths)
+    assert logged["charts/episodic_return"] == [n * (n + 1) / 2 for n in logged["charts/episodic_length"]]
+
+
+class Echo(gym.Env):
+    """Shows how often it was reset, the step, and the action that led there."""
+
+    observation_space, action_space = Box(-np.inf, np.inf, (3,), np.float32), Discrete(5)
+    resets = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.resets, self.t = self.resets + 1, 0
+        return np.array([self.resets, 0, -1], np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.array([self.resets, self.t, action], np.float32), 0.0, self.t == 4, False, {}
+
+
+gym.register("Echo-v0", Echo)
+
+
+def test_actions_are_chosen_at_the_observations_they_are_stored_with(workdir, updates, monkeypatch):
+    """And the environment takes them: an actor that is shown another row would learn, though badly."""
+    seen, act = [], a2c_sync.ActorCritic.act
+
+    def record(agent, obs, greedy=False):
+        actions = act(agent, obs, greedy)
+        seen.append((obs.clone(), actions.clone(), greedy))
+        return actions
+
+    monkeypatch.setattr(a2c_sync.ActorCritic, "act", record)
+    run(env_id="Echo-v0", checkpoint_every=70)
+    rows = [(batch.obs[t], batch.actions[t]) for batch, _, _ in updates for t in range(5)]
+    training = [(obs, actions) for obs, actions, greedy in seen if not greedy]
+    assert len(rows) == len(training) > 100
+    for (obs, actions), (seen_obs, chosen) in zip(rows, training):
+        assert torch.equal(obs, seen_obs) and torch.equal(actions, chosen)
+    for batch, _, _ in updates:
+        valid = batch.done[:-1] == 0
+        assert torch.equal(batch.obs[1:, :, 2][valid], batch.actions[valid].float())
+
+
+def test_a_reset_at_a_checkpoint_begins_a_new_episode(workdir, updates):
+    """Whatever ended in the step before it: `done` is cleared, so its first step counts."""
+    run(env_id="toy_envs:OneStep-v0", num_steps=1, checkpoint_every=3, total_timesteps=60, num_envs=3)
+    # Every step ends an episode and every checkpoint resets, so there is never a step that only resets
+    assert all((batch.done[0] == 0).all() and (batch.done[1] == 1).all() for batch, _, _ in updates)
+    assert len(updates) == 20
 
 
 def value_of_constant(env_id, length=10, **flags):
@@ -94,12 +125,12 @@ def value_of_constant(env_id, length=10, **flags):
     envs = make_envs(args, 1)
     obs, _ = envs.reset(seed=0)
     with torch.no_grad():
-        return agent.critic(agent.trunk(torch.as_tensor(obs))).item()
+        return agent.critic(agent.encoder(torch.as_tensor(obs))).item()
 
 
 @pytest.mark.parametrize("flags", [{}, {"network": "shared"}, {"num_steps": 1}, {"num_steps": 16, "gae_lambda": 1.0}])
 def test_value_under_a_time_limit_is_that_of_going_on(workdir, flags):
-    """Pitfall 1. Reward 1 for ever, cut every 10 steps: V must be 1/(1 − γ) = 10."""
+    """Pitfall 1: reward 1 for ever, cut every 10 steps: V must be 1/(1 − γ) = 10."""
     assert value_of_constant("toy_envs:Constant-v0", **flags) == pytest.approx(10, abs=0.3)
 
 
@@ -112,24 +143,30 @@ def test_value_of_what_terminates_is_the_finite_sum(workdir):
 
 
 @pytest.mark.parametrize("clipped", [False, True])
-def test_value_is_the_mean_of_the_returns_unless_gradients_are_clipped(workdir, clipped):
-    """Clipping each of its updates to the same length makes V something like the median, here 0 instead of 1."""
-    flags = {"num_envs": 1, "num_steps": 1, "critic_lr": 1e-3, "total_timesteps": 5_000}
-    run(env_id="toy_envs:RareReward-v0", **flags, **({"max_grad_norm": 0.5} if clipped else {}))
-    agent = load_agent("run")[0]
-    value = agent.critic(agent.trunk(torch.ones(1))).item()
+def test_value_is_the_mean_of_the_returns_unless_gradients_are_clipped(clipped):
+    """Every tenth transition is rewarded, with 10. Clipping all updates to one length makes V like a median."""
+    torch.manual_seed(1)
+    agent, zeros = a2c_sync.ActorCritic((1,), 2, True, False), torch.zeros(1, 1)
+    args = Args(max_grad_norm=0.5 if clipped else math.inf, critic_lr=3e-3)
+    optimizer = make_optimizer(agent, args)
+    for k in range(1_500):
+        a2c_sync.decay_learning_rates(optimizer, k / 1_500)
+        reward, ended = torch.full((1, 1), 10.0 * (k % 10 == 9)), torch.tensor([[0.0], [1.0]])
+        batch = Rollout(torch.ones(2, 1, 1), zeros.long(), reward, ended[1:], ended)
+        a2c_sync.update(agent, optimizer, batch, args)
+    value = agent.critic(torch.ones(1)).item()
     assert value < 0.5 if clipped else value == pytest.approx(1, abs=0.2)
 
 
 def test_run_folder(workdir):
     """args.json, metrics.csv, events, checkpoint.pt, results.json; the same numbers everywhere."""
     end = run()
-    saved = json.loads(open("run/results.json").read())
+    saved = json.loads(Path("run/results.json").read_text())
     assert saved == end
     wanted = "script env_id seed env_steps updates seconds sps eval_return_mean eval_return_std eval_episodes"
     assert set(wanted.split()) <= set(saved)
     assert saved["env_steps"] == checkpoint("run")["env_steps"] >= 400
-    args = json.loads(open("run/args.json").read())
+    args = json.loads(Path("run/args.json").read_text())
     assert args["num_steps"] == 5 and args["script"] == "a2c_sync"
     tags = {tag for _, tag, _ in metrics("run")}
     wanted = (
@@ -139,13 +176,21 @@ def test_run_folder(workdir):
 
 
 def test_tensorboard_holds_what_metrics_csv_holds(workdir):
+    """The same losses; of the episodes the mean of those since the last log."""
     from helpers import events
 
-    run()
+    run(total_timesteps=3_000)
+    rows = metrics("run")
+    steps = sorted({step for step, tag, _ in rows if tag == "losses/value"})
+    assert len(steps) > 4
     for tag, points in events("run").items():
-        if tag != "charts/SPS":
-            rows = [(steps, np.float32(value)) for steps, t, value in metrics("run") if t == tag]
-            assert sorted(points) == sorted(rows)
+        if tag.startswith("losses/"):
+            assert sorted(points) == sorted((step, np.float32(value)) for step, t, value in rows if t == tag)
+        elif tag.startswith("charts/episodic"):
+            for step, value in points:
+                before = max((s for s in steps if s < step), default=-1)
+                episodes = [float(v) for s, t, v in rows if t == tag and before < s <= step]
+                assert value == pytest.approx(np.mean(episodes), rel=1e-6)
 
 
 @pytest.mark.parametrize("num_envs, num_steps", [(1, 1), (8, 5), (256, 16)])
@@ -159,8 +204,9 @@ def test_losses_are_logged_at_least_every_1000_steps(workdir, num_envs, num_step
 def test_same_seed_same_metrics_and_weights(workdir):
     runs = []
     for seed in (1, 1, 2):
-        train(Args(run_dir=f"{len(runs)}", seed=seed, **SHORT))
-        runs.append((metrics(len(runs).__str__()), checkpoint(len(runs).__str__()), results(len(runs).__str__())))
+        name = str(len(runs))
+        train(Args(run_dir=name, seed=seed, **SHORT))
+        runs.append((metrics(name), checkpoint(name), results(name)))
     assert runs[0][0] == runs[1][0] and runs[0][0] != runs[2][0]
     assert same(runs[0][1]["parts"], runs[1][1]["parts"]) and not same(runs[0][1]["parts"], runs[2][1]["parts"])
     assert runs[0][2] == runs[1][2]
@@ -176,92 +222,73 @@ def test_every_environment_has_its_own_seed(workdir):
 # --- Every flag in both positions; every update moves every weight (pitfall 22) ---------------------------------------
 
 FLAGS = [
-    {},
-    {"network": "shared"},
-    {"network": "shared", "value_coef": 0.1},
-    {"critic_lr": 1e-2},
-    {"optimizer": "rmsprop"},
-    {"lr_decay": False},
-    {"num_envs": 1, "num_steps": 1},
-    {"gae_lambda": 1.0, "gamma": 1.0},
-    {"ent_coef": 0.0, "max_grad_norm": 0.5},
-    {"env_id": "Acrobot-v1", "vectorization": "sync", "normalize_obs": True},
+    {"lr_decay": False, "num_threads": 2, "checkpoint_every": 100},
+    {"network": "shared", "value_coef": 0.1, "optimizer": "adam"},
+    {"num_envs": 1, "num_steps": 1, "gae_lambda": 1.0, "gamma": 1.0, "critic_lr": 1e-2},
+    {"env_id": "Acrobot-v1", "vectorization": "sync", "normalize_obs": True, "ent_coef": 0.0, "max_grad_norm": 0.5},
     {"env_id": "Acrobot-v1", "vectorization": "async", "num_envs": 2},
-    {"env_id": "Pendulum-v1"},
     {"env_id": "Pendulum-v1", "network": "shared", "normalize_obs": True},
+    {"env_id": "Pendulum-v1", "device": "cpu"},
     {"env_id": "toy_envs:Images-v0"},
     {"env_id": "toy_envs:Images-v0", "network": "shared"},
     {"env_id": "toy_envs:Shifted-v0"},
     {"env_id": "toy_envs:SmallInts-v0"},
     {"env_id": "toy_envs:Doubles-v0"},
-    {"device": "cpu", "num_threads": 2, "checkpoint_every": 100},
 ]
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()) or "default")
-def test_flags(workdir, monkeypatch, flags):
-    initial = record_initial_weights(monkeypatch, a2c_sync)
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()))
+def test_flags(workdir, updates, flags):
     end = run(**flags)
-    trained = checkpoint("run")["parts"]["agent"]
+    trained, initial = checkpoint("run")["parts"]["agent"], updates[0][2]
     unmoved = [name for name in initial if torch.equal(initial[name], trained[name])]
     assert end["updates"] > 10 and math.isfinite(end["eval_return_mean"])
-    assert unmoved == []
+    assert unmoved == [] and initial.keys() == trained.keys()
     tags = {tag for _, tag, _ in metrics("run")}
     assert ("losses/trunk_grad_cosine" in tags) == (flags.get("network") == "shared")
 
 
-def test_lr_decay_falls_linearly(workdir):
-    rates = {}
-    for decay in (True, False):
-        train(Args(run_dir=str(decay), lr_decay=decay, **SHORT))
-        rates[decay] = checkpoint(str(decay))["parts"]["optimizer"]["param_groups"][0]["lr"]
-    assert rates[False] == Args().actor_lr and 0 < rates[True] < Args().actor_lr * 0.05
+@pytest.mark.parametrize("decay", [True, False])
+def test_every_update_has_the_learning_rates_of_its_step(workdir, updates, decay):
+    run(lr_decay=decay, actor_lr=5e-3, critic_lr=1e-2)
+    steps = np.cumsum([0] + [int((1 - batch.done[:-1]).sum()) for batch, _, _ in updates])[:-1]
+    shares = 1 - steps / SHORT["total_timesteps"] if decay else np.ones(len(steps))
+    np.testing.assert_allclose([rates for _, rates, _ in updates], np.outer(shares, [5e-3, 1e-2]))
 
 
-def test_each_networks_gradient_is_clipped_on_its_own():
-    a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0)
-    loss = (a * torch.tensor([30.0, 40.0])).sum() + (b * torch.tensor([0.1, 0.2])).sum()
-    a2c_sync.gradient_step(optimizer, loss, 0.5)
-    torch.testing.assert_close(a.detach(), -torch.tensor([0.3, 0.4]))
-    torch.testing.assert_close(b.detach(), -torch.tensor([0.1, 0.2]))
+@pytest.mark.parametrize(
+    "flags, rates",
+    [({}, [5e-3, 5e-3]), ({"critic_lr": 1e-2}, [5e-3, 1e-2]), ({"network": "shared"}, [5e-3])],
+    ids=str,
+)
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
+def test_each_network_has_its_learning_rate(flags, rates, optimizer):
+    args = Args(actor_lr=5e-3, optimizer=optimizer, **flags)
+    made = make_optimizer(make_agent(make_envs(args), args), args)
+    assert [group["lr"] for group in made.param_groups] == rates == [g["initial_lr"] for g in made.param_groups]
+    assert isinstance(made, a2c_sync.RMSpropA3C if optimizer == "rmsprop" else torch.optim.Adam)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, a2c_sync.Adam, a2c_sync.RMSpropA3C])
-def test_a_network_without_gradient_is_passed_over(optimizer):
-    a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
-    a2c_sync.gradient_step(optimizer([{"params": [a]}, {"params": [b]}], lr=1.0), a.sum(), 0.5)
-    assert a.item() < -0.4 and b.item() == 0
+def test_trunk_gradients_are_logged_at_the_parameters_of_the_update(workdir, updates, monkeypatch):
+    """The first row: those of the initial parameters and the first batch."""
+    args = Args(**(SHORT | {"network": "shared", "seed": 1}))
+    run(network="shared")
+    batch, _, before = updates[0]
+    agent = make_agent(make_envs(args), args)
+    agent.load_state_dict(before)
+    wanted = a2c_sync.trunk_gradients(agent, batch, args)
+    first = {}
+    for _, tag, value in metrics("run"):
+        first.setdefault(tag, float(value))
+    for name, value in wanted.items():
+        assert first[f"losses/{name}"] == pytest.approx(value.item(), rel=1e-5)
 
 
-def test_gradients_do_not_pile_up():
-    a = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([a], lr=1.0)
-    for _ in range(3):
-        a2c_sync.gradient_step(optimizer, a.sum(), math.inf)
-    assert a.item() == -3
-
-
-def test_value_coef_weighs_the_critic(workdir, monkeypatch):
-    losses, last = [], {}
-    step, critic_loss_fn, actor_loss_fn = a2c_sync.gradient_step, a2c_sync.critic_loss_fn, a2c_sync.actor_loss_fn
-    monkeypatch.setattr(a2c_sync, "critic_loss_fn", lambda *x: last.setdefault("critic", critic_loss_fn(*x)))
-    monkeypatch.setattr(a2c_sync, "actor_loss_fn", lambda *x: last.setdefault("actor", actor_loss_fn(*x)))
-
-    def record(optimizer, loss, max_grad_norm):
-        losses.append((loss.item(), last.pop("actor").item(), last.pop("critic").item()))
-        step(optimizer, loss, max_grad_norm)
-
-    monkeypatch.setattr(a2c_sync, "gradient_step", record)
-    run(value_coef=0.25, network="shared")
-    assert len(losses) > 10 and all(loss == pytest.approx(a + 0.25 * c, rel=1e-5) for loss, a, c in losses)
-
-
-@pytest.mark.parametrize("flags, rates", [({}, [5e-3, 5e-3]), ({"critic_lr": 1e-2}, [5e-3, 1e-2])])
-def test_each_network_has_its_learning_rate(workdir, flags, rates):
-    run(actor_lr=5e-3, lr_decay=False, **flags)
-    groups = checkpoint("run")["parts"]["optimizer"]["param_groups"]
-    assert [group["lr"] for group in groups] == rates
+def test_a_rollout_has_a_row_more_for_the_state_after_it():
+    envs = make_envs(Args(env_id="toy_envs:Images-v0"))
+    rollout = make_rollout(envs, 5, 3)
+    assert rollout.obs.shape == (6, 3, 3, 40, 44) and rollout.obs.dtype == np.uint8 and rollout.done.shape == (6, 3)
+    assert rollout.actions.shape == rollout.rewards.shape == rollout.terminated.shape == (5, 3)
 
 
 def test_actions_reach_the_environment_in_its_own_bounds(workdir):

@@ -1,10 +1,8 @@
 """The equations of a2c_sync.py against brute force, exact enumeration and numbers worked out by hand."""
 
 import math
-import re
-from pathlib import Path
+from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -12,10 +10,22 @@ from mdp import MDP, TERMINAL, A, S, exact_values
 from torch import nn
 
 import a2c_sync
-from a2c_sync import Actor, ActorCritic, Args, Categorical, Critic, Gaussian, actor_loss_fn, critic_loss_fn, gae
+from a2c_sync import (
+    Actor,
+    ActorCritic,
+    Categorical,
+    Critic,
+    Gaussian,
+    Rollout,
+    actor_loss_fn,
+    critic_loss_fn,
+    gae,
+    loss_fn,
+    masked_mean,
+    trunk_gradients,
+    update,
+)
 from common.optim import RMSpropA3C
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +110,7 @@ def enumerated_rollouts(mdp, actor, T):
 
 
 def make_tabular():
-    actor = Actor(nn.Identity(), S + 1, gym.spaces.Discrete(A))
+    actor = Actor(nn.Identity(), S + 1, A, discrete=True)
     critic = Critic(nn.Identity(), S + 1)
     nn.init.normal_(actor.head.weight)
     nn.init.normal_(critic.head.weight)
@@ -108,7 +118,7 @@ def make_tabular():
 
 
 def with_probabilities(valid, p):
-    """The functions average over `valid`; weighted by probabilities, the average over all rollouts is an expectation."""
+    """The functions average over `valid`; weighted by probabilities, the average over all rollouts is their mean."""
     return valid * p
 
 
@@ -182,8 +192,6 @@ def test_critic_fixed_point_is_the_exact_value(lam):
 
 # --- Where gradients flow ---------------------------------------------------------------------------------------------
 
-SPACES = gym.spaces.Box(-1.0, 1.0, (4,), np.float32), gym.spaces.Discrete(2)
-
 
 def test_losses_reach_only_what_they_should():
     """Pitfall 7: no gradient through advantages or targets."""
@@ -214,7 +222,7 @@ def test_entropy_is_rewarded():
 
 
 def test_images_are_scaled_in_the_network():
-    network, seen = a2c_sync.NatureCNN((4, 84, 84)), []
+    network, seen = a2c_sync.NatureCNN(4, 84, 84), []
     network.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     network(torch.full((2, 4, 84, 84), 255, dtype=torch.uint8))
     assert seen[0].min() == seen[0].max() == 1.0
@@ -229,11 +237,10 @@ def test_shapes_that_would_broadcast_are_refused():
 
 @pytest.mark.parametrize("image", [False, True])
 def test_separate_networks_share_nothing_and_shared_ones_do(image):
-    space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8) if image else SPACES[0]
     obs = torch.randint(0, 255, (3, 2, 4, 84, 84), dtype=torch.uint8) if image else torch.randn(3, 2, 4)
-    for network, share in (("separate", False), ("shared", True)):
-        agent = ActorCritic(space, SPACES[1], Args(network=network))
-        features = agent.trunk(obs)
+    for share in (False, True):
+        agent = ActorCritic(obs.shape[2:], 2, discrete=True, shared=share)
+        features = agent.encoder(obs)
         actor_out, critic_out = agent.actor(features).log_probs, agent.critic(features)
         assert actor_out.shape == (3, 2, 2) and critic_out.shape == (3, 2)
         touched = []
@@ -244,13 +251,139 @@ def test_separate_networks_share_nothing_and_shared_ones_do(image):
         assert bool(touched[0] & touched[1]) is share
 
 
+def test_masked_mean_of_nothing_is_zero():
+    assert masked_mean(torch.ones(2, 3), torch.zeros(2, 3)).item() == 0
+
+
+# --- One update, written out plainly ----------------------------------------------------------------------------------
+
+
+def make_args(**flags):
+    defaults = {"gamma": 0.9, "gae_lambda": 0.7, "ent_coef": 0.03, "value_coef": 0.4, "max_grad_norm": math.inf}
+    return SimpleNamespace(**(defaults | flags))
+
+
+def make_batch(discrete, T=7, N=8):
+    """A random rollout with ends of both kinds and the resets that follow them."""
+    terminated, truncated, done = torch.zeros(T, N), torch.zeros(T, N), torch.zeros(T + 1, N)
+    for t in range(T):
+        terminated[t] = (torch.rand(N) < 0.2) * (1 - done[t])
+        truncated[t] = (torch.rand(N) < 0.2) * (1 - done[t])
+        done[t + 1] = torch.maximum(terminated[t], truncated[t])
+    assert done[:-1].any() and (done[1:] > terminated).any() and terminated.any()
+    actions = torch.randint(2, (T, N)) if discrete else torch.randn(T, N, 2)
+    return Rollout(torch.randn(T + 1, N, 3), actions, torch.randn(T, N), terminated, done)
+
+
+def written_out(agent, batch, args):
+    """Actor's loss, critic's loss, mean value, mean entropy of a rollout, a transition at a time."""
+    T, N = batch.rewards.shape
+    V = [[agent.critic(agent.encoder(batch.obs[t, n])) for n in range(N)] for t in range(T + 1)]
+    v = [[V[t][n].item() for n in range(N)] for t in range(T + 1)]
+    advantages = []
+    for n in range(N):
+        rewards, terminated, done = (x[:, n].tolist() for x in (batch.rewards, batch.terminated, batch.done[1:]))
+        column = [row[n] for row in v]
+        advantages.append(brute_force(rewards, column, terminated, done, args.gamma, args.gae_lambda))
+    actor, critic, values, entropies, count = 0.0, 0.0, 0.0, 0.0, 0
+    for t in range(T):
+        for n in range(N):
+            if batch.done[t, n]:  # step t only reset
+                continue
+            features = agent.encoder(batch.obs[t, n])
+            outputs = agent.actor.head(agent.actor.body(features))
+            if agent.actor.log_std is None:
+                policy = torch.distributions.Categorical(logits=outputs)
+                log_prob, entropy = policy.log_prob(batch.actions[t, n]), policy.entropy()
+            else:
+                policy = torch.distributions.Normal(outputs.tanh(), agent.actor.log_std.exp())
+                log_prob, entropy = policy.log_prob(batch.actions[t, n]).sum(), policy.entropy().sum()
+            advantage = advantages[n][t]
+            critic = critic + 0.5 * (V[t][n] - (advantage + v[t][n])) ** 2
+            actor = actor - log_prob * advantage - args.ent_coef * entropy
+            values, entropies, count = values + v[t][n], entropies + entropy.item(), count + 1
+    return actor / count, critic / count, values / count, entropies / count
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_loss_is_the_one_written_out_plainly(discrete, shared):
+    """Loss, metrics and the gradient of every parameter; step by step, from the rollout's own rows."""
+    agent, args, batch = ActorCritic((3,), 2, discrete, shared), make_args(), make_batch(discrete)
+    actor, critic, value, entropy = written_out(agent, batch, args)
+    expected = torch.autograd.grad(actor + args.value_coef * critic, list(agent.parameters()))
+    loss, metrics = loss_fn(agent, batch, args)
+    assert loss.item() == pytest.approx((actor + args.value_coef * critic).item())
+    wanted = {"actor_loss": actor.item(), "critic_loss": critic.item(), "value": value, "entropy": entropy}
+    assert {name: x.item() for name, x in metrics.items()} == pytest.approx(wanted)
+    assert not any(x.requires_grad for x in metrics.values())
+    for ours, theirs in zip(torch.autograd.grad(loss, list(agent.parameters())), expected):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("max_grad_norm", [math.inf, 0.1, 100.0])
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_update_is_one_step_along_the_clipped_gradient(shared, max_grad_norm):
+    """Each network is clipped on its own; gradients of earlier updates do not add up."""
+    agent, args, batch = ActorCritic((3,), 2, True, shared), make_args(max_grad_norm=max_grad_norm), make_batch(True)
+    groups = [list(agent.parameters())] if shared else [list(agent.actor.parameters()), list(agent.critic.parameters())]
+    optimizer = torch.optim.SGD([{"params": group} for group in groups], lr=0.5)
+    for _ in range(3):
+        loss, _ = loss_fn(agent, batch, args)
+        expected = []
+        for group in groups:
+            grads = torch.autograd.grad(loss, group, retain_graph=True)
+            norm = torch.cat([g.flatten() for g in grads]).norm().item()
+            scale = min(1.0, max_grad_norm / norm)
+            expected += [(p.detach() - 0.5 * scale * g).clone() for p, g in zip(group, grads)]
+        metrics = update(agent, optimizer, batch, args)
+        assert metrics.keys() == {"critic_loss", "actor_loss", "value", "entropy"}
+        for p, wanted in zip([p for group in groups for p in group], expected):
+            torch.testing.assert_close(p.detach(), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_a_network_without_gradient_is_passed_over():
+    """As a user's own network may have parameters that a loss does not reach."""
+    for optimizer in (torch.optim.SGD, torch.optim.Adam, RMSpropA3C):
+        agent, args = ActorCritic((3,), 2, True, False), make_args(max_grad_norm=0.5)
+        agent.idle = nn.Parameter(torch.zeros(1))
+        groups = [{"params": list(agent.actor.parameters()) + [agent.idle]}, {"params": [nn.Parameter(torch.ones(1))]}]
+        before = agent.actor.head.weight.detach().clone()
+        update(agent, optimizer(groups, lr=1.0), make_batch(True), args)
+        assert agent.idle.item() == 0 and (agent.actor.head.weight != before).any()
+
+
+def test_sigma_is_bounded_after_an_update_and_finds_back():
+    agent, args, batch = ActorCritic((3,), 2, False, False), make_args(ent_coef=1.0), make_batch(False)
+    optimizer = torch.optim.SGD(agent.actor.parameters(), lr=10.0)
+    update(agent, optimizer, batch, args)
+    assert (agent.actor.log_std == 1).all()
+    args.ent_coef = -1.0  # now entropy is punished
+    update(agent, optimizer, batch, args)
+    assert (agent.actor.log_std < 1).all()
+
+
+def test_learning_rates_fall_to_zero_each_from_its_own():
+    optimizer = torch.optim.SGD(
+        [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr, "initial_lr": lr} for lr in (1e-3, 1e-2)]
+    )
+    for progress, share in ((0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (1.0, 0.0), (1.1, 0.0)):
+        a2c_sync.decay_learning_rates(optimizer, progress)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3 * share, 1e-2 * share])
+
+
 def test_trunk_gradients_measure_the_conflict():
-    trunk = nn.Linear(1, 2, bias=False)
-    out = trunk(torch.ones(1))
-    result = a2c_sync.trunk_gradients(3 * out[0], -4 * out[0] + 3 * out[1], trunk)
-    assert result["trunk_actor_grad"].item() == pytest.approx(3)
-    assert result["trunk_critic_grad"].item() == pytest.approx(5)
-    assert result["trunk_grad_cosine"].item() == pytest.approx(-0.8)
+    """The value coefficient included; the losses written out a transition at a time."""
+    agent, args, batch = ActorCritic((3,), 2, True, True), make_args(value_coef=0.3), make_batch(True)
+    actor, critic, _, _ = written_out(agent, batch, args)
+    trunk, flat = list(agent.encoder.parameters()), []
+    for loss in (actor, args.value_coef * critic):
+        flat.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trunk, retain_graph=True)]))
+    result = trunk_gradients(agent, batch, args)
+    assert result["trunk_actor_grad"].item() == pytest.approx(flat[0].norm().item())
+    assert result["trunk_critic_grad"].item() == pytest.approx(flat[1].norm().item())
+    assert result["trunk_grad_cosine"].item() == pytest.approx(torch.cosine_similarity(*flat, dim=0).item())
+    assert args.value_coef == 0.3 and all(p.grad is None for p in agent.parameters())  # it leaves nothing behind
 
 
 # --- Policies and optimizer -------------------------------------------------------------------------------------------
@@ -281,7 +414,7 @@ def test_gaussian_equals_torchs():
 
 def test_the_mean_of_the_gaussian_lies_inside_the_bounds():
     """Beyond them all actions are clipped to the same one, and a mean that got there finds no way back."""
-    actor = Actor(nn.Identity(), 4, gym.spaces.Box(-1, 1, (2,)))
+    actor = Actor(nn.Identity(), 4, 2, discrete=False)
     nn.init.normal_(actor.head.weight, std=100)
     assert actor(torch.randn(50, 4)).mode().abs().max().item() == pytest.approx(1.0)
 
@@ -299,15 +432,3 @@ def test_rmsprop_has_epsilon_inside_the_root():
         torch.testing.assert_close(theta.detach(), x)
     # the first step with a tiny gradient stays tiny; torch.optim.RMSprop would move by 10 η
     assert abs(theta[1].item() + 2.0) < 1e-4
-
-
-# --- Equations and code -----------------------------------------------------------------------------------------------
-
-
-def test_every_equation_of_the_docstring_has_its_line():
-    for script in ("a2c_sync.py", "off_policy_ac.py"):
-        source = (ROOT / script).read_text()
-        docstring, code = source.split('"""')[1], source.split('"""', 2)[2]
-        announced = set(re.findall(r"^ +\((\d+)\) ", docstring, re.MULTILINE))
-        tagged = set(re.findall(r"# \((\d+)\)$", code, re.MULTILINE))
-        assert announced and announced == tagged
