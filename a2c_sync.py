@@ -253,13 +253,12 @@ class Rollout(NamedTuple):
 
 def loss_fn(agent, batch, args):
     """Loss of a rollout and its metrics, in the lecture's order (D4)."""
-    valid = 1 - batch.done[:-1]  # (T, N)
+    valid, done = 1 - batch.done[:-1], batch.done[1:]  # (T, N): step t is a transition; it ended the episode
 
     # Targets
     features = agent.encoder(batch.obs)  # (T + 1, N, ...); with separate networks the observations themselves
     values = agent.critic(features)  # (T + 1, N): one pass gives every V(s) and every V(s')
-    constants = values.detach(), batch.rewards, batch.terminated, batch.done[1:]
-    advantages, returns = gae(*constants, args.gamma, args.gae_lambda)
+    advantages, returns = gae(values.detach(), batch.rewards, batch.terminated, done, args.gamma, args.gae_lambda)
 
     # Critic
     critic_loss = critic_loss_fn(values[:-1], returns, valid)
@@ -323,7 +322,7 @@ def make_agent(envs, args: Args) -> ActorCritic:
 
 
 def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
-    """Separate networks: a group each, so that neither learning rates nor clipping tie them together."""
+    """A group for each network, so that neither learning rates nor clipping tie them together."""
     networks = [(agent.actor, args.actor_lr), (agent.critic, args.critic_lr or args.actor_lr)]
     if args.network == "shared":
         networks = [(agent, args.actor_lr)]

@@ -14,8 +14,8 @@ policy gradient takes fresh actions, too (D11). Three actions, three names: `bat
 
 γ --gamma, K --num-action-samples, β --ent-coef, τ --tau, Q̄ an averaged copy of Q, of parameters φ̄ and φ, w_max = 10.
 The lecture's mistakes and alternatives, a flag each: --critic v fits V to the actions of older policies (D9a);
---actor-actions buffer takes those for the policy's own (D9b); --actor-actions importance weighs them by (4) instead (D12);
---baseline none is plain Q, b = 0 (D13).
+--actor-actions buffer takes those for the policy's own (D9b); --actor-actions importance weighs them by (4) instead
+(D12); --baseline none is plain Q, b = 0 (D13).
 
 Beyond the lecture it needs, with the greedy return without each (mean of seeds 1-3; with all: 500 and -141):
 
@@ -69,7 +69,7 @@ class Args(RunArgs):
     critic: Literal["q", "v"] = "q"
     """q: Q(s, a), valid for any policy's actions (D10); v: V(s), naive (D9a)"""
     actor_actions: Literal["policy", "buffer", "importance"] = "policy"
-    """whose actions the policy gradient takes: the policy's (D11), the buffer's, naive (D9b), or those weighted (D12)"""
+    """actions of the policy gradient: the policy's (D11), the buffer's, naive (D9b), or the buffer's weighted (D12)"""
     num_action_samples: Count = 8
     """K, actions the policy samples at every state of the batch (D14)"""
     baseline: Literal["samples", "none"] = "samples"
@@ -321,7 +321,7 @@ def make_agent(envs, args: Args) -> ActorCritic:
 
 
 def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
-    """A group for each network, which have learning rates of their own."""
+    """A group for each network, so that learning rates do not tie them together."""
     networks = [(agent.actor, args.actor_lr), (agent.critic, args.critic_lr or args.actor_lr)]
     groups = [{"params": list(network.parameters()), "lr": lr, "initial_lr": lr} for network, lr in networks]
     return torch.optim.Adam(groups, fused=True)
@@ -376,8 +376,8 @@ def train(args: Args) -> dict:
                 continue
 
             # Learn: so many updates for each transition, not for each step of all environments
-            before, after = ((run.env_steps - n) * args.updates_per_step for n in (new_steps, 0))
-            for _ in range(int(after) - int(before)):
+            rate = args.updates_per_step
+            for _ in range(int(run.env_steps * rate) - int((run.env_steps - new_steps) * rate)):
                 metrics = update(agent, optimizer, buffer.sample(args.batch_size), args)
                 run.updates += 1
                 run.log(metrics)

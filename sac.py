@@ -314,7 +314,7 @@ def make_agent(envs, args: Args) -> ActorCritic:
 
 
 def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
-    """A group for each network, which have learning rates of their own; log α has the actor's."""
+    """A group for each network, so that learning rates do not tie them together; log α has the actor's."""
     groups = [
         {"params": list(agent.actor.parameters()), "lr": args.actor_lr},
         {"params": list(agent.critics.parameters()), "lr": args.critic_lr},
@@ -363,8 +363,8 @@ def train(args: Args) -> dict:
                 continue
 
             # Learn: so many updates for each transition, not for each step of all environments
-            before, after = ((run.env_steps - n) * args.updates_per_step for n in (new_steps, 0))
-            for _ in range(int(after) - int(before)):
+            rate = args.updates_per_step
+            for _ in range(int(run.env_steps * rate) - int((run.env_steps - new_steps) * rate)):
                 metrics = update_fn(agent, optimizer, buffer.sample(args.batch_size), args)
                 run.updates += 1
                 run.log(metrics)
