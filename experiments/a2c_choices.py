@@ -14,15 +14,20 @@ import tyro
 from runs import ROOT, mean_std, run_all, variant
 
 # D4 to the letter: a step of the critic, then the advantage of the critic just fitted, then a step of the actor.
-# Parameters without a gradient are passed over by both optimizers, so that one optimizer can make both steps.
-CRITIC = "            critic_loss = critic_loss_fn(values[:-1], returns, valid)\n"
+# Both optimizers pass over parameters without a gradient, so one optimizer can make both steps.
+CRITIC = "    critic_loss = critic_loss_fn(values[:-1], returns, valid)\n"
 D4 = {
+    "def loss_fn(agent, batch, args):\n": "def loss_fn(agent, batch, args, optimizer=None):\n",
     CRITIC: CRITIC
-    + """            gradient_step(optimizer, critic_loss, args.max_grad_norm)
-            with torch.no_grad():
-                advantages, _ = gae(critic(features), *rollout, args.gamma, args.gae_lambda)
+    + """    optimizer.zero_grad()
+    critic_loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        values_now = agent.critic(features)
+        advantages, _ = gae(values_now, batch.rewards, batch.terminated, done, args.gamma, args.gae_lambda)
 """,
-    "            loss = actor_loss + args.value_coef * critic_loss  # (6)\n": "            loss = actor_loss\n",
+    "    loss = actor_loss + args.value_coef * critic_loss  # (6)\n": "    loss = actor_loss\n",
+    "    loss, metrics = loss_fn(agent, batch, args)\n": "    loss, metrics = loss_fn(agent, batch, args, optimizer)\n",
 }
 TASKS = {  # flags, and the training return that counts as solved
     "CartPole-v1": ("--total-timesteps 300000", 475),

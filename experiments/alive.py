@@ -9,6 +9,7 @@ and how much faster gradient descent moves V's mean over frames than differences
 and the largest of a difference, in the Gram matrix of V's gradients at about 24 frames, divided by their number.
 """
 
+import importlib
 import sys
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from runs import ROOT
 sys.path.insert(0, str(ROOT))
 
 from common.envs import make_envs  # noqa: E402
-from common.evaluate import load_agent  # noqa: E402
+from evaluate import load_agent  # noqa: E402
 
 
 @dataclass
@@ -35,8 +36,8 @@ class Options:
 @torch.enable_grad()
 def gains(agent: nn.Module, frames: torch.Tensor) -> tuple[float, float]:
     """<grad V(s_i), grad V(s_j)> / K of K frames: its gain for V's mean over them, the largest for what is left."""
-    parameters = [*agent.trunk.parameters(), *agent.critic.parameters()]
-    values = [agent.critic(agent.trunk(frame[None])).sum() for frame in frames]
+    parameters = [*agent.encoder.parameters(), *agent.critic.parameters()]
+    values = [agent.critic(agent.encoder(frame[None])).sum() for frame in frames]
     gradients = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(v, parameters)]) for v in values])
     differences = gradients - gradients.mean(0)
     of_differences = torch.linalg.eigvalsh(differences @ differences.T)[-1] / len(frames)
@@ -53,14 +54,14 @@ def main(options: Options):
     frames = [obs] + [envs.step(envs.action_space.sample())[0].copy() for _ in range(options.steps)]
     frames = torch.from_numpy(np.concatenate(frames))
     torch.manual_seed(args.seed)
-    fresh = type(trained)(envs.single_observation_space, envs.single_action_space, args)
+    fresh = importlib.import_module(type(args).__module__).make_agent(envs, args)
     envs.close()
     for name, agent in (("before", fresh), ("after", trained)):
-        print(f"{name} training: std of V {agent.critic(agent.trunk(frames)).std():.3f}")
+        print(f"{name} training: std of V {agent.critic(agent.encoder(frames)).std():.3f}")
         of_mean, of_differences = gains(agent, frames[:: max(1, len(frames) // 24)])
         print(f"    gain of V's mean {of_mean:.3g}, of differences between frames at most {of_differences:.3g}")
         outputs = frames / 255.0
-        for module in agent.trunk.modules():
+        for module in agent.encoder.modules():
             if not isinstance(module, (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten)):
                 continue  # a container
             outputs = module(outputs)

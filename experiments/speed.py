@@ -7,14 +7,14 @@
     python experiments/speed.py --part solve     a2c_sync.py, seconds until 100 episodes have a mean return of 475
     python experiments/speed.py --part replay    off_policy_ac.py, updates per second at K = 10 against plain code
     python experiments/speed.py --part buffer    the ring buffer against Stable-Baselines3's, with HalfCheetah's sizes
-    python experiments/speed.py --part sac       sac.py, HalfCheetah-v5, against Stable-Baselines3's and SBX's: steps per second
+    python experiments/speed.py --part sac       sac.py, HalfCheetah-v5, against Stable-Baselines3's and SBX's: steps/s
     python experiments/speed.py --part update    sac.py, where the time of a step goes: milliseconds
-    python experiments/speed.py --part denormals  Adam's step when half of the gradients are zero, with denormals and without
+    python experiments/speed.py --part denormals  Adam's step when half of the gradients are zero, with denormals or not
     python experiments/speed.py --part workers   a3c_async.py with 1, 2, 4 workers: steps per second
     python experiments/speed.py --part race      a3c_async.py and a2c_sync.py with sixteen environments: seconds to 475
 
-Every measurement is a process of its own, with one thread except in `sac` and `update`, where each has all cores. Machines vary by the
-minute: read the ratios.
+Every measurement is a process of its own, with one thread except in `sac` and `update`, where each has all cores.
+Machines vary by the minute: read the ratios.
 """
 
 import csv
@@ -34,7 +34,10 @@ from runs import ROOT, call, run, variant
 EQUAL = dict(
     num_envs=8, num_steps=5, gamma=0.99, gae_lambda=1.0, ent_coef=0.0, learning_rate=7e-4
 )  # SB3's defaults and zoo
-OURS_EQUAL = "--num-envs 8 --num-steps 5 --gae-lambda 1 --ent-coef 0 --optimizer rmsprop --actor-lr 7e-4 --no-lr-decay --max-grad-norm 0.5"
+OURS_EQUAL = (
+    "--num-envs 8 --num-steps 5 --gae-lambda 1 --ent-coef 0 "
+    "--optimizer rmsprop --actor-lr 7e-4 --no-lr-decay --max-grad-norm 0.5"
+)
 
 
 @dataclass
@@ -167,38 +170,42 @@ def solve(options: Options):
         print(f"  ratio of the means {share:.2f}", flush=True)
 
 
-# The same algorithm as one would first write it: a loop over the K samples, an optimizer for each network, and torch as it is
+# The same algorithm as one would write it first: a loop over the K samples, an optimizer a network, torch as it is
 PLAIN = {
-    "    envs = make_envs(args)\n": "    envs = make_envs(args)\n    torch.set_flush_denormal(False)\n",
-    """        with torch.no_grad():
-            pi_actions = policy.sample(args.num_action_samples)  # (K, B): fresh (D11), without the simulator
-            pi_q = critic(batch.obs, pi_actions)
-""": """        log_probs, pi_q = [], []
-        for _ in range(args.num_action_samples):
-            with torch.no_grad():
-                pi_actions = policy.sample()
-                pi_q.append(critic(batch.obs, pi_actions))
-            log_probs.append(policy.log_prob(pi_actions))
-        log_probs, pi_q = torch.stack(log_probs), torch.stack(pi_q)
+    "    envs = make_envs(args, images=False)\n": """    envs = make_envs(args, images=False)
+    torch.set_flush_denormal(False)
 """,
-    "            log_probs = policy.log_prob(pi_actions)\n": "",
-    "    optimizer = Adam(groups)\n": """    optimizer = torch.optim.Adam(groups[:1])
-    critic_optimizer = torch.optim.Adam(groups[1:])
-""",
-    """        optimizer.zero_grad()
-        (critic_loss + actor_loss).backward()
-        optimizer.step()
-        actor.bound_std()
-        polyak_update(target_critic, critic, args.tau)
-""": """        critic_optimizer.zero_grad()
-        critic_loss.backward()
-        critic_optimizer.step()
-        optimizer.zero_grad()
-        actor_loss.backward()
-        optimizer.step()
+    """    with torch.no_grad():
+        pi_actions = policy.sample(args.num_action_samples)  # (K, B): fresh, without the simulator (D11, D14)
+        pi_q = agent.critic(batch.obs, pi_actions)  # (K, B)
+""": """    log_probs, pi_q = [], []
+    for _ in range(args.num_action_samples):
         with torch.no_grad():
-            for target_param, param in zip(target_critic.parameters(), critic.parameters()):
-                target_param.copy_(args.tau * param + (1 - args.tau) * target_param)
+            pi_actions = policy.sample()
+            pi_q.append(agent.critic(batch.obs, pi_actions))
+        log_probs.append(policy.log_prob(pi_actions))
+    log_probs, pi_q = torch.stack(log_probs), torch.stack(pi_q)
+""",
+    "        log_probs = policy.log_prob(pi_actions)\n": "",
+    "    return torch.optim.Adam(groups, fused=True)\n": """    agent.critic_optimizer = torch.optim.Adam(groups[1:])
+    return torch.optim.Adam(groups[:1])
+""",
+    "    loss = actor_loss + critic_loss\n": "    loss = actor_loss, critic_loss\n",
+    """    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    agent.actor.bound_std()
+    polyak_update(agent.target_critic, agent.critic, args.tau)
+""": """    actor_loss, critic_loss = loss
+    agent.critic_optimizer.zero_grad()
+    critic_loss.backward()
+    agent.critic_optimizer.step()
+    optimizer.zero_grad()
+    actor_loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        for target_param, param in zip(agent.target_critic.parameters(), agent.critic.parameters()):
+            target_param.copy_(args.tau * param + (1 - args.tau) * target_param)
 """,
 }
 
@@ -353,12 +360,11 @@ def update(options: Options):
 def adam_worker(flush: bool) -> dict:
     """Milliseconds of Adam's step for a layer of 256 x 256, 1,200 steps after half of its gradients became zero."""
     import torch
-    from common.optim import Adam
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(flush)
     layer = torch.nn.Parameter(torch.randn(256, 256))
-    optimizer, layer.grad = Adam([layer], lr=1e-3), torch.randn(256, 256)
+    optimizer, layer.grad = torch.optim.Adam([layer], lr=1e-3, fused=True), torch.randn(256, 256)
     optimizer.step()
     layer.grad[::2] = 0
     for _ in range(1_200):

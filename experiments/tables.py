@@ -4,7 +4,7 @@
     python experiments/tables.py a2c --row CartPole-v1
     python experiments/tables.py a3c --at-a-time 1          its runs have worker processes of their own
     python experiments/tables.py lag --at-a-time 1          return against lag
-    python experiments/tables.py bias --at-a-time 1         what gradients of old and of new parameters do with old actions
+    python experiments/tables.py bias --at-a-time 1         gradients of old and of new parameters, of old actions
     python experiments/tables.py sac                        hours; needs pip install -e ".[bench,mujoco]"
 
 Prints mean ± std over seeds; "worst" is the lowest mean of 20 training episodes in a row in a run's second half.
@@ -18,7 +18,10 @@ from typing import Literal
 import tyro
 from runs import ROOT, mean_std, run_all, worst_return
 
-LUNAR = "--env-id LunarLander-v3 --optimizer adam --num-envs 8 --num-steps 5 --actor-lr 5e-4 --critic-lr 3e-3 --ent-coef 0.05 --total-timesteps 2000000"
+LUNAR = (
+    "--env-id LunarLander-v3 --optimizer adam --num-envs 8 --num-steps 5 "
+    "--actor-lr 5e-4 --critic-lr 3e-3 --ent-coef 0.05 --total-timesteps 2000000"
+)
 SAME = "--total-timesteps 100000 --learning-starts 10000 --num-threads 1"  # for both of the scripts compared
 OURS = f"{SAME} --critic-lr 3e-4"  # the other's only learning rate
 LAGGARDS = [f"--num-workers {num}" for num in (1, 2, 4, 8, 16)]  # without, then with a slow one among four

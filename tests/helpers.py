@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -36,40 +37,41 @@ def same(a, b):
 
 
 def events(run_dir):
-    """TensorBoard's own reading of the event files: {tag: [(step, value), ...]}."""
+    """TensorBoard's own reading of the event files, what a resumed run hides left out: {tag: [(step, value), ...]}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
+    accumulator = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}, purge_orphaned_data=True).Reload()
     return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
 
-def record_agents(monkeypatch, script):
-    """A list that every agent a run of `script` makes will be in."""
-    agents, init = [], script.ActorCritic.__init__
-    monkeypatch.setattr(script.ActorCritic, "__init__", lambda agent, *args: agents.append(agent) or init(agent, *args))
-    return agents
-
-
-def record_initial_weights(monkeypatch, script):
-    """A dictionary that will hold the agent's parameters as they are when the run is opened."""
-    initial, original = {}, script.Run.open
-
-    def remember(run, **parts):
-        initial.update({name: p.detach().clone() for name, p in parts["agent"].named_parameters()})
-        return original(run, **parts)
-
-    monkeypatch.setattr(script.Run, "open", remember)
-    return initial
-
-
-def children(parent):
-    """Ids of the live worker processes that a process has spawned; multiprocessing's own servers left out."""
+def processes():
+    """Of all live processes: (id, parent's id, session, command)."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields, command = stat.read_text().rpartition(")")[2].split(), (stat.parent / "cmdline").read_bytes()
+            state, parent, _, session, *_ = stat.read_text().rpartition(")")[2].split()
+            command = (stat.parent / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(fields[1]) == parent and fields[0] != "Z" and b"spawn_main" in command:
-            found.append(int(stat.parent.name))
+        if state != "Z":
+            found.append((int(stat.parent.name), int(parent), int(session), command))
     return found
+
+
+def children(main):
+    """Ids of the live worker processes of a live process: they are children of its fork server."""
+    found = processes()
+    servers = {pid for pid, parent, _, command in found if parent == main and b"multiprocessing.forkserver" in command}
+    return [pid for pid, parent, _, _ in found if parent in servers]
+
+
+def session_members(session):
+    """Ids of the live processes of a session."""
+    return [pid for pid, _, found, _ in processes() if found == session]
+
+
+def wait_for(condition, timeout=60):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.005)

@@ -1,39 +1,41 @@
-"""Every command in README and docs parses; every extra and file it names exists."""
+"""README and docs hold what they say: commands parse, loops and environments run, links and tests exist."""
 
+import ast
+import builtins
 import importlib.util
+import json
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 
 import pytest
 import tyro
-from conftest import ROOT
+from conftest import ROOT, finish, start
 
-from common.evaluate import EvaluateArgs
-from common.run import check_ranges
+from common.flags import check_ranges
 
-PAGES = [
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted(ROOT.glob("*.py")),
-    *sorted((ROOT / "experiments").glob("*.py")),
-]
+README = ROOT / "README.md"
+DOCS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*DOCS, *sorted(ROOT.glob("*.py")), *sorted((ROOT / "experiments").glob("*.py"))]
+SCRIPTS = "a2c_sync", "a3c_async", "off_policy_ac", "sac"
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------------
 
 
 def commands():
-    """(page, command) for each shell command in an indented block or in a table's back quotes."""
+    """(page, command) for each shell command in an indented block or in back quotes."""
     for page in PAGES:
         for line in page.read_text().splitlines():
-            for command in (
-                [line]
-                if re.match(r"    (pip|python|tensorboard|pytest) ", line)
-                else re.findall(r"`(python [^`]+)`", line)
-                + [
-                    f"python {words}"
-                    for words in re.findall(r"`((?:a2c_sync|a3c_async|off_policy_ac|sac)\.py -[^`]+)`", line)
-                ]
-            ):
+            if re.match(r"    (pip|python|tensorboard|pytest) ", line):
+                found = [line]
+            else:
+                found = re.findall(r"`((?:python|pip|git|tensorboard) [^`]+)`", line)
+                scripts = re.findall(rf"`((?:{'|'.join(SCRIPTS)})\.py -[^`]+)`", line)
+                found += [f"python {words}" for words in scripts]
+            for command in found:
                 for part in re.split(r" {2,}", command.strip())[0].split(" && "):
                     yield page.name, part
 
@@ -52,27 +54,173 @@ def load(path):
 
 
 def test_there_are_commands():
-    assert sum(page == "README.md" for page, _ in COMMANDS) >= 10
+    assert sum(page == "README.md" for page, _ in COMMANDS) >= 15
+    for script in SCRIPTS:  # the ladder has a line for each
+        assert any(page == "README.md" and words.startswith(f"python {script}.py") for page, words in COMMANDS)
 
 
 @pytest.mark.parametrize("page, command", COMMANDS)
 def test_command(page, command, monkeypatch):
+    """Pitfall 24: it parses with the script's own flags, their ranges and what they must not contradict."""
     words = [word for word in shlex.split(command) if word != "--help"]
     if words[0] == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = re.findall(r"\[(.*?)\]", words[-1])
-        assert words[1] == "install" and all(
-            e in project["optional-dependencies"] for e in ",".join(extras).split(",") if e
-        )
-    elif words[:3] == ["python", "-m", "common.evaluate"]:
-        tyro.cli(EvaluateArgs, args=words[3:])
+        known = project["optional-dependencies"]
+        assert words[1] == "install" and all(e in known for e in ",".join(extras).split(",") if e)
+    elif words[0] == "git":
+        assert words[1:4] == ["diff", "--no-index", "-w"] and all((ROOT / name).exists() for name in words[4:])
     elif words[0] == "python":
-        path = ROOT / words[1]
+        path = ROOT / words[1].removeprefix("path/to/")
         monkeypatch.syspath_prepend(str(path.parent))
         module = load(path)
-        args = tyro.cli(module.Args if hasattr(module, "Args") else module.Options, args=words[2:])
-        if hasattr(module, "Args"):
+        args = tyro.cli(getattr(module, "Args", None) or module.Options, args=words[2:])
+        if path.parent == ROOT:
             check_ranges(args)
-            module.check(args)
+        if hasattr(module, "Args"):
+            module.check_flags(args)
     else:
         assert words[0] in ("tensorboard", "pytest")
+
+
+def test_the_passages_that_experiments_replace_are_in_the_scripts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    names = "runs", "a2c_choices", "off_policy_variants", "speed"
+    runs, a2c_choices, off_policy_variants, speed = (load(ROOT / "experiments" / f"{name}.py") for name in names)
+    for script, edits in (
+        ("a2c_sync", a2c_choices.D4),
+        ("off_policy_ac", off_policy_variants.NARROW),
+        ("off_policy_ac", speed.PLAIN),
+    ):
+        path = runs.variant(tmp_path, script, "edited", edits)
+        ast.parse(path.read_text())
+
+
+# --- Pages ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_fits_on_a_screen_or_two():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 100
+    assert all(len(line) <= 120 for line in lines if not line.startswith("|"))
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_no_sentence_has_more_than_30_words(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    text = re.sub(r"^(\||    |#).*$", "", text, flags=re.MULTILINE)  # tables, commands, headings
+    text = re.sub(r"`[^`]+`", "code", re.sub(r"\]\([^)]*\)", "]", text))
+    for paragraph in re.split(r"\n\s*\n|\n\s*(?:-|\d+\.) ", text):
+        for sentence in re.split(r"(?<=[.!?])[*)]*\s+", paragraph):
+            assert len(sentence.split()) <= 30, " ".join(sentence.split())
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_test_that_a_page_names_exists():
+    for page in DOCS:
+        for name, test in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text()):
+            assert f"\ndef {test}(" in (ROOT / name).read_text(), f"{page.name}: {name}::{test}"
+
+
+def test_the_pitfalls_are_those_that_tests_refer_to():
+    numbers = re.findall(r"^(\d+)\. \*\*", (ROOT / "docs" / "pitfalls.md").read_text(), re.MULTILINE)
+    assert numbers == [str(n + 1) for n in range(24)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_equation_of_the_docstring_has_its_line(script):
+    source = (ROOT / f"{script}.py").read_text()
+    docstring, code = source.split('"""')[1], source.split('"""', 2)[2]
+    announced = re.findall(r"^    \((\d+)\)  ", docstring, re.MULTILINE)
+    tagged = re.findall(r"# \((\d+)\)$", code, re.MULTILINE)
+    assert announced == [str(n + 1) for n in range(len(announced))]
+    assert announced and set(announced) == set(tagged)
+
+
+# --- Code of the pages ------------------------------------------------------------------------------------------------
+
+
+def code_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def middle(script):
+    """The sections Networks, Equations and Update."""
+    sections = re.split(r"^# --- (\w+) -+\n", (ROOT / f"{script}.py").read_text(), flags=re.MULTILINE)
+    names = sections[1::2]
+    assert names[:4] == ["Config", "Networks", "Equations", "Update"]
+    return "".join(sections[2 * names.index(name) + 2] for name in names[1:4])
+
+
+def with_middle(page, script):
+    """The page's loop as a reader makes it: the sections of the script pasted at the comment."""
+    (loop,) = (block for block in code_blocks(page) if "# Paste here" in block)
+    comment = f"# Paste here: Networks, Equations and Update of {script}.py\n"
+    assert loop.count(comment) == 1
+    return loop.replace(comment, middle(script))
+
+
+def run_alone(program, timeout=60):
+    """In a process that finds nothing of this repository; returns what it prints."""
+    nothing_else = 'import importlib.util\nassert importlib.util.find_spec("common") is None\n'
+    command = [sys.executable, "-I", "-c", nothing_else + program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_middle_needs_torch_and_the_standard_library_only(script):
+    tree = ast.parse(middle(script))
+    assert not any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
+    known = set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            known.add(node.name)
+        elif isinstance(node, ast.arg):
+            known.add(node.arg)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            known.add(node.id)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    imported = {"copy", "math", "torch", "nn", "F", "functional_call", "NamedTuple", "SimpleNamespace"}
+    assert used - known <= imported
+
+
+def test_the_readmes_loop_learns_cartpole_without_common():
+    printed = run_alone(with_middle(README, "a2c_sync"))
+    assert float(printed.split()[-1]) >= 200
+
+
+def test_the_loop_of_docs_sac_moves_every_network_without_common():
+    program = with_middle(ROOT / "docs" / "sac.md", "sac")
+    for old, new in (
+        ("warm_up, num_steps = 1_000, 8_000\n", "warm_up, num_steps = 100, 300\n"),
+        ("\nfor step in range(", "\ninitial = copy.deepcopy(agent.state_dict())\nfor step in range("),
+    ):
+        assert program.count(old) == 1
+        program = program.replace(old, new)
+    program += "print([name for name, x in agent.state_dict().items() if torch.equal(x, initial[name])])\n"
+    assert run_alone(program).splitlines()[-1] == "[]"
+
+
+@pytest.mark.slow
+def test_the_loop_of_docs_sac_learns_pendulum_without_common():
+    printed = run_alone(with_middle(ROOT / "docs" / "sac.md", "sac"), timeout=1200)
+    assert float(printed.split()[-1]) > -400
+
+
+def test_the_readmes_environment_trains_in_any_folder(workdir):
+    (code,) = (block for block in code_blocks(README) if "gym.register" in block)
+    assert len(code.splitlines()) == 5
+    (workdir / "my_env.py").write_text(code)
+    flags = "--env-id", "my_env:MyEnv-v0", "--total-timesteps", 500, "--eval-episodes", 2, "--run-dir", "run"
+    status, _, err = finish(start(ROOT / "a2c_sync.py", *flags, cwd=workdir, real=True))
+    assert status == 0, err
+    assert json.loads((workdir / "run" / "results.json").read_text())["env_steps"] >= 500
+    status, out, err = finish(start(ROOT / "evaluate.py", "run", "--episodes", 1, cwd=workdir))
+    assert status == 0 and "my_env:MyEnv-v0" in out, err

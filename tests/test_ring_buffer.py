@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import ring_buffer
-from common.errors import UserError
+from common.flags import UserError
 from common.ring_buffer import RingBuffer
 
 FIELDS = {"obs": ((2,), np.float32), "image": ((1, 2, 2), np.uint8), "actions": ((), np.int64)}
@@ -61,6 +61,21 @@ def test_it_samples_all_of_it_evenly():
     assert (counts[:4] == 0).all() and abs(counts[4:] - 10_000).max() < 500
 
 
+def test_a_full_buffer_gives_another_batch_every_time():
+    """And the same ones from the same state of torch's generator, which every checkpoint holds, and of no other."""
+    buffer = RingBuffer(1000, FIELDS)
+    buffer.add(np.ones(1000, bool), **rows(0, 1000))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = [buffer.sample(8).actions for _ in range(20)]
+    assert len({tuple(batch.tolist()) for batch in first}) == 20
+    torch.set_rng_state(state)
+    np.random.seed(5), random.seed(5)
+    assert all(torch.equal(buffer.sample(8).actions, batch) for batch in first)
+    torch.manual_seed(1)
+    assert not torch.equal(buffer.sample(8).actions, first[0])
+
+
 def test_a_batch_is_a_copy():
     buffer = RingBuffer(2, FIELDS)
     buffer.add(np.ones(2, bool), **rows(0, 2))
@@ -102,6 +117,23 @@ def test_available_memory_is_the_machines():
     assert 100e6 < ring_buffer.available_memory() < 100e12
 
 
-def test_another_capacity_does_not_fit():
+def test_what_a_container_allows_counts(monkeypatch):
+    texts = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 5000 kB\n", "/sys/fs/cgroup/memory.max": "4000000\n"}
+    monkeypatch.setattr(ring_buffer.Path, "read_text", lambda path: texts[str(path)])
+    assert ring_buffer.available_memory() == 4_000_000
+    for unlimited in ("max\n", "6000000\n"):
+        texts["/sys/fs/cgroup/memory.max"] = unlimited
+        assert ring_buffer.available_memory() == 5000 * 1024
+
+
+def test_another_capacity_or_other_fields_do_not_fit():
     with pytest.raises(ValueError, match="room for 5"):
         RingBuffer(6, FIELDS).load_state_dict(RingBuffer(5, FIELDS).state_dict())
+    with pytest.raises(ValueError, match="transitions of obs, image"):
+        RingBuffer(5, FIELDS).load_state_dict(RingBuffer(5, dict(list(FIELDS.items())[:2])).state_dict())
+
+
+def test_a_checkpoint_holds_what_is_filled():
+    buffer = RingBuffer(1000, FIELDS)
+    buffer.add(np.ones(3, bool), **rows(0, 3))
+    assert all(len(x) == 3 for x in buffer.state_dict()["fields"].values())

@@ -2,31 +2,31 @@
 
 import os
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import children
+import toy_workers
+from conftest import ROOT, finish, start
+from helpers import checkpoint, children, session_members, wait_for
 
 from common import workers as workers_module
-from common.errors import UserError
+from common.flags import UserError
 from common.workers import Mailbox, Snapshot, Workers
 
 FIELDS = {"number": ((), np.int64), "block": ((50, 50), np.float32)}
 
 
-def receive(workers, timeout=60.0):
-    end = time.time() + timeout
+def receive(workers):
+    end = time.monotonic() + 60
     while (record := workers.receive()) is None:
-        assert time.time() < end, "timed out"
-        workers.watch()
-        time.sleep(0.001)
-    return record
+        assert time.monotonic() < end, "timed out"
+    return record["number"]
 
 
 # --- Mailbox and Snapshot ---------------------------------------------------------------------------------------------
@@ -55,25 +55,19 @@ def test_a_record_is_a_copy():
     assert record["number"] == 1 and (record["block"] == 1).all()
 
 
-def put_for_ever(mailbox):
-    number = 0
-    while True:
-        if not mailbox.is_full():
-            mailbox.put(number=number, block=np.full((50, 50), number, np.float32))
-            number += 1
-
-
 def test_a_writer_killed_at_any_moment_leaves_whole_records():
-    """Every record is whole and in its place, and the ring goes on with the next writer."""
-    mailbox, context = Mailbox(FIELDS), mp.get_context("spawn")
-    for _ in range(2):
-        process = context.Process(target=put_for_ever, args=(mailbox,), daemon=True)
+    """Every record is whole and in its place, and the mailbox serves the next writer."""
+    mailbox, context = Mailbox(FIELDS), mp.get_context("forkserver")
+    for _ in range(4):
+        process = context.Process(target=toy_workers.put_for_ever, args=(mailbox,), daemon=True)
         process.start()
-        expected, end = 0, time.time() + 60
-        while expected < 3000:
+        expected, end = 0, time.monotonic() + 60
+        while expected < 500:
             record = mailbox.take()
-            assert record is not None or time.time() < end
-            if record is not None:
+            assert record is not None or time.monotonic() < end
+            if record is None:
+                time.sleep(1e-5)
+            else:
                 assert record["number"] == expected and (record["block"] == expected).all()
                 expected += 1
         process.kill()
@@ -109,210 +103,206 @@ def test_a_snapshot_is_never_half_of_an_update():
     assert len(versions) > 10
 
 
+def test_a_snapshot_that_changes_while_it_is_read_is_read_again(monkeypatch):
+    source, copy = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    snapshot, reads, copy_parameters = Snapshot(source), [], workers_module.copy_parameters
+
+    def disturbed(to, source_params):
+        copy_parameters(to, source_params)
+        reads.append(to)
+        if len(reads) == 1:  # somebody publishes after this read and before its end
+            torch.nn.init.constant_(source.weight, 7.0)
+            snapshot.publish(source, version=5)
+
+    monkeypatch.setattr(workers_module, "copy_parameters", disturbed)
+    assert snapshot.pull(copy) == 5 and (copy.weight == 7.0).all()
+
+
 # --- Life and death ---------------------------------------------------------------------------------------------------
 
 
-def count(worker, *rest):
-    """Sends (index, life, count) for ever."""
-    for number in range(10**9):
-        worker.send(number=[worker.index, worker.life, number])
-        time.sleep(0.002)
-
-
-def raise_in_life(worker, lives):
-    worker.send(number=[worker.index, worker.life, 0])
-    if worker.life in lives:
-        raise ValueError(f"broken in life {worker.life}")
-    count(worker)
-
-
-def raise_in_lives_of_1(worker):
-    if worker.index == 1 and worker.life < 4:
-        worker.beat()
-        raise ValueError(f"broken in life {worker.life}")
-    count(worker)
-
-
-class Child:
-    """What an environment may have started."""
-
-    def __init__(self):
-        self.process = subprocess.Popen(["sleep", "1000"])
-
-    def close(self):
-        self.process.kill()
-
-
-def own_a_process(worker):
-    child = worker.owns(Child())
-    worker.beat()
-    while True:
-        worker.send(number=[worker.index, worker.life, child.process.pid])
-
-
-def abort(worker):
-    os.abort()
-
-
-def hang_in_first_life(worker):
-    worker.send(number=[worker.index, worker.life, 0])
-    if worker.life == 0:
-        time.sleep(10**6)
-    count(worker)
-
-
-class Frozen:
-    """A simulator that will never answer."""
-
-    def close(self):
-        time.sleep(10**6)
-
-
-def raise_beside_a_frozen_simulator(worker):
-    worker.owns(Frozen())
-    worker.beat()
-    raise ValueError("broken")
-
-
 @pytest.fixture
-def start():
-    started = []
+def begin():
+    """Starts workers; at the end of the test none may be left."""
+    begun = []
 
-    def start(target, *args, num=2, timeout=60.0):
+    def begin(target, *args, num=2, timeout=60.0):
         workers = Workers(target, num, {"number": ((3,), np.int64)}, timeout)
-        started.append(workers)
+        begun.append(workers)
         workers.start(*args)
         return workers
 
-    yield start
-    for workers in started:
+    yield begin
+    for workers in begun:
         workers.close()
     assert not children(os.getpid())
 
 
-def lives_until(workers, life, index):
-    end = time.time() + 60
+@pytest.fixture
+def clock(monkeypatch):
+    """The main process's clock, which `clock.ahead` seconds have been added to."""
+    clock = SimpleNamespace(ahead=0.0, sleep=time.sleep)
+    clock.monotonic = lambda: time.monotonic() + clock.ahead
+    monkeypatch.setattr(workers_module, "time", clock)
+    return clock
+
+
+def generations_until(workers, generation, index):
+    end = time.monotonic() + 60
     while True:
-        assert time.time() < end, "timed out"
-        i, found, _ = receive(workers)["number"]
-        if (i, found) == (index, life):
+        assert time.monotonic() < end, "timed out"
+        i, found, _ = receive(workers)
+        if (i, found) == (index, generation):
             return
 
 
+def let_pass(workers, clock, seconds, alive=()):
+    """The main process is busy for so long, while those that are alive beat; then it looks."""
+    before = workers._beats.tolist()
+    wait_for(lambda: all(workers._beats[index] != before[index] for index in alive))
+    clock.ahead += seconds
+    workers.watch()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_killed_worker_is_replaced_in_its_place(start, capsys, number):
-    workers = start(count)
-    lives_until(workers, 0, 1)
-    os.kill(workers._processes[1].pid, number)
-    lives_until(workers, 1, 1)
-    assert workers.replaced == 1 and {receive(workers)["number"][0] for _ in range(20)} == {0, 1}
+def test_a_killed_worker_is_replaced_in_its_place(begin, capsys, number):
+    workers = begin(toy_workers.count)
+    generations_until(workers, 0, 1)
+    os.kill(workers.pids[1], number)
+    generations_until(workers, 1, 1)
+    assert workers.replaced == 1 and {receive(workers)[0] for _ in range(20)} == {0, 1}
     assert f"was killed by signal {number}" in capsys.readouterr().err
 
 
-def test_a_worker_that_raises_is_replaced_and_its_traceback_shown(start, capsys):
-    workers = start(raise_in_lives_of_1, num=3)
-    lives_until(workers, 4, 1)
+def test_a_worker_that_raises_is_replaced_and_its_traceback_shown(begin, capsys):
+    workers = begin(toy_workers.fail_as_number_1, num=3)
+    generations_until(workers, 4, 1)
     err = capsys.readouterr().err
-    assert "worker 1" in err and "ValueError: broken in life 0" in err and "raise_in_lives_of_1" in err
+    assert "worker 1" in err and "ValueError: broken in generation 0" in err and "fail_as_number_1" in err
     assert workers.replaced == 4  # the others go on, so it is not everybody's fault
 
 
-def test_a_fault_that_all_workers_hit_ends_with_its_traceback(start):
-    begin = time.time()
-    workers = start(raise_in_life, list(range(100)), num=2)
-    with pytest.raises(UserError, match="(?s)every worker fails in the same place.*raise_in_life.*ValueError: broken"):
-        while True:
-            receive(workers)
-    assert time.time() - begin < 60 and workers.replaced <= 2
+def test_a_worker_that_ends_by_itself_is_replaced_too(begin, capsys):
+    workers = begin(toy_workers.leave, num=1)
+    with pytest.raises(UserError, match="exited with 1"):
+        receive(workers)
+    assert workers.replaced == 1
 
 
-def test_a_close_that_hangs_does_not_hide_the_traceback(start):
-    workers = start(raise_beside_a_frozen_simulator)
-    with pytest.raises(UserError, match="(?s)every worker fails in the same place.*ValueError: broken"):
-        receive(workers, timeout=50.0)  # less than it takes to find out that a worker hangs
+@pytest.mark.parametrize("num", [1, 2])
+def test_workers_that_fail_before_anything_comes_in_end_the_run_with_the_last_traceback(begin, capsys, num):
+    """Twice as many of them as there are workers, and not one fewer."""
+    workers = begin(toy_workers.fail, num=num)
+    expected = (
+        rf"(?s)^workers died {2 * num} times before anything came in; the last, worker \d \(process \d+\), failed:"
+    )
+    with pytest.raises(
+        UserError, match=expected + ".*toy_workers.py.*in fail.*ValueError: broken in generation"
+    ) as error:
+        receive(workers)
+    assert workers.replaced == 2 * num - 1 == capsys.readouterr().err.count("ValueError: broken in generation")
+    assert any(f"(process {pid})" in str(error.value) for pid in workers.pids)
 
 
-def test_faults_far_apart_or_of_old_workers_are_not_those_of_all(monkeypatch):
-    workers, clock = Workers(count, 2, {"number": ((3,), np.int64)}, 60.0), [0.0]
-    monkeypatch.setattr(workers_module.time, "monotonic", lambda: clock[0])
+def test_workers_of_which_each_brings_something_before_it_fails_do_not_end_the_run(begin):
+    workers = begin(toy_workers.send_and_fail, num=1)
+    generations_until(workers, 6, 0)
+    assert workers.replaced in (6, 7)
 
-    def fail(index, line, hours, age=5.0):
-        clock[0] += 3600 * hours
-        workers._began[index] = clock[0] - age
-        text = f'File "x.py", line {line}\n  code\nValueError: {clock}'.encode()
-        workers._errors[index, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        return workers._cause(index, 1)
 
-    for index, line in ((0, 1), (1, 2), (0, 1), (1, 1), (1, 1)):  # in one place, but never both within two minutes
-        assert "ValueError" in fail(index, line, hours=1)
-    for index in (0, 1, 0, 1):  # at the same time, but after a long life
-        assert "ValueError" in fail(index, 1, hours=0.001, age=200.0)
-    clock[0] += 3600
-    assert "ValueError" in fail(1, 1, hours=1)
-    with pytest.raises(UserError, match="same place"):
-        fail(0, 1, hours=0.01)
+def test_workers_that_die_before_they_begin_end_the_run(begin):
+    workers = begin(toy_workers.abort)
+    with pytest.raises(UserError, match="workers died 4 times .* was killed by signal 6 before it began.*__main__"):
+        receive(workers)
+
+
+def test_a_cause_is_not_that_of_the_worker_before(begin, capsys):
+    workers = begin(toy_workers.fail_at_first, num=1)
+    generations_until(workers, 1, 0)
+    assert "ValueError: broken in generation 0" in capsys.readouterr().err
+    receive(workers)  # its first beat may come after its first record
+    os.kill(workers.pids[0], signal.SIGKILL)
+    generations_until(workers, 2, 0)
+    err = capsys.readouterr().err
+    assert "was killed by signal 9, SIGKILL (out of memory?)\n" in err and "ValueError" not in err
+
+
+def test_a_close_that_hangs_does_not_hide_the_traceback(begin):
+    workers = begin(toy_workers.fail_beside_a_frozen_simulator, num=1)
+    with pytest.raises(UserError, match="(?s)worker 0.*failed:.*ValueError: broken in generation 1"):
+        receive(workers)
+
+
+def test_replacing_has_an_end(begin, monkeypatch):
+    monkeypatch.setattr(workers_module, "MAX_REPLACED", 1)
+    workers = begin(toy_workers.count)
+    with pytest.raises(UserError, match="1 workers have been replaced; the last, worker . .* was killed by signal 9"):
+        for generation in (0, 1, 2):
+            generations_until(workers, generation, 0)
+            os.kill(workers.pids[0], signal.SIGKILL)
+
+
+def test_what_a_worker_owns_is_closed(begin):
+    workers = begin(toy_workers.own_a_process)
+    pids = set()
+    while len(pids) < 2:
+        pids.add(int(receive(workers)[2]))
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    workers.close()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), timeout=5)
+
+
+def test_close_ends_even_a_stopped_worker(begin):
+    workers = begin(toy_workers.count)
+    generations_until(workers, 0, 0)
+    os.kill(workers.pids[0], signal.SIGSTOP)
+    assert sorted(children(os.getpid())) == sorted(workers.pids)
+    workers.close()
+    workers.close()  # a second time does no harm
+    assert not children(os.getpid())
+
+
+# --- Silence, by the main process's clock -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["sleeps", "SIGSTOP"])
-def test_a_worker_that_hangs_is_replaced(start, capsys, stopped):
-    workers = start(count if stopped else hang_in_first_life, timeout=1.0)
-    lives_until(workers, 0, 0)
+def test_a_worker_that_hangs_is_replaced(begin, clock, capsys, stopped):
+    workers = begin(toy_workers.count if stopped else toy_workers.hang_at_first, timeout=10.0, num=2 if stopped else 1)
+    generations_until(workers, 0, 0)
     if stopped:
-        os.kill(workers._processes[0].pid, signal.SIGSTOP)
-    lives_until(workers, 1, 0)
-    assert "gave no sign of life for 1 seconds" in capsys.readouterr().err
+        generations_until(workers, 0, 1)
+        os.kill(workers.pids[0], signal.SIGSTOP)
+        wait_for(lambda: Path(f"/proc/{workers.pids[0]}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    wait_for(lambda: workers._beats[0] > 0)
+    let_pass(workers, clock, 0.5)  # hears its last beat
+    for _ in range(3):
+        let_pass(workers, clock, 3.0, alive=[1] if stopped else [])
+    assert workers.replaced == 0
+    let_pass(workers, clock, 3.0, alive=[1] if stopped else [])
+    assert workers.replaced == 1 and "worker 0" in (err := capsys.readouterr().err)
+    assert "gave no sign of life for 10 seconds" in err
+    generations_until(workers, 1, 0)
 
 
-def test_a_worker_that_waits_for_the_main_process_does_not_hang(start):
-    workers = start(count, timeout=1.0)
-    lives_until(workers, 0, 1)
-    for _ in range(30):  # mailboxes are full, nobody takes
-        time.sleep(0.1)
-        workers.watch()
+def test_a_worker_that_waits_for_the_main_process_does_not_hang(begin, clock):
+    workers = begin(toy_workers.count, timeout=1.0)
+    generations_until(workers, 0, 0)
+    generations_until(workers, 0, 1)
+    for _ in range(8):  # mailboxes are full, nobody takes
+        let_pass(workers, clock, 0.45, alive=[0, 1])
     assert workers.replaced == 0
 
 
-def test_replacing_has_an_end(start, monkeypatch):
-    monkeypatch.setattr(workers_module, "MAX_REPLACED", 1)
-    workers = start(count)
-    with pytest.raises(UserError, match="1 workers have been replaced; the last, worker . .* was killed by signal 9"):
-        for life in (0, 1, 2):
-            lives_until(workers, life, 0)
-            os.kill(workers._processes[0].pid, signal.SIGKILL)
-
-
-def test_workers_that_die_before_they_begin_end_the_run(start):
-    workers = start(abort, num=2)
-    with pytest.raises(UserError, match="workers die before they begin; the last was killed by signal 6"):
-        lives_until(workers, 9, 0)
-    assert workers.replaced <= 2
-
-
-def test_what_a_worker_owns_is_closed(start):
-    workers = start(own_a_process)
-    pids = set()
-    while len(pids) < 2:
-        pids.add(int(receive(workers)["number"][2]))
-    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
-    workers.close()
-    end = time.time() + 5
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.time() < end, "left behind"
-        time.sleep(0.01)
-
-
-def test_time_in_which_the_main_process_was_stopped_does_not_count(start):
-    workers = start(count, timeout=2.0)
-    lives_until(workers, 0, 0)
-    lives_until(workers, 0, 1)
-    pids = [process.pid for process in workers._processes]
-    for pid in pids:
+def test_time_in_which_the_main_process_was_stopped_does_not_count(begin, clock):
+    workers = begin(toy_workers.count, timeout=2.0)
+    generations_until(workers, 0, 0)
+    generations_until(workers, 0, 1)
+    for pid in workers.pids:
         os.kill(pid, signal.SIGSTOP)
     time.sleep(0.2)
     workers.watch()  # hears their last beats
-    time.sleep(2.5)  # all stopped, as by Ctrl-Z
-    workers.watch()
-    for pid in pids:
+    let_pass(workers, clock, 1000.0)  # all stopped, as by Ctrl-Z
+    for pid in workers.pids:
         os.kill(pid, signal.SIGCONT)
     for _ in range(100):
         receive(workers)
@@ -320,22 +310,53 @@ def test_time_in_which_the_main_process_was_stopped_does_not_count(start):
 
 
 @pytest.mark.parametrize("seconds", [1.2, 2.0])
-def test_a_busy_main_process_still_notices_who_hangs(start, seconds):
-    workers = start(count, timeout=3.0)
-    lives_until(workers, 0, 0)
-    lives_until(workers, 0, 1)
-    os.kill(workers._processes[0].pid, signal.SIGSTOP)
+def test_a_busy_main_process_still_notices_who_hangs(begin, clock, seconds):
+    workers = begin(toy_workers.count, timeout=3.0)
+    generations_until(workers, 0, 0)
+    generations_until(workers, 0, 1)
+    os.kill(workers.pids[0], signal.SIGSTOP)
     for _ in range(4):
-        time.sleep(seconds)  # an update that takes so long
+        let_pass(workers, clock, seconds, alive=[1])  # an update that takes so long
         receive(workers)
-        workers.watch()
     assert workers.replaced == 1
 
 
-def test_close_ends_even_a_stopped_worker(start):
-    workers = start(count)
-    lives_until(workers, 0, 0)
-    os.kill(workers._processes[0].pid, signal.SIGSTOP)
-    assert len(children(os.getpid())) >= 2
-    workers.close()
-    workers.close()  # a second time does no harm
+def test_a_worker_has_minutes_for_its_imports_and_seconds_after(begin, clock, capsys):
+    workers = begin(toy_workers.beat_once, num=1, timeout=10.0)
+    wait_for(lambda: workers._beats[0] > 0)
+    let_pass(workers, clock, 1.0)  # hears it
+    for _ in range(3):
+        let_pass(workers, clock, 5.0)
+    assert workers.replaced == 1 and "gave no sign of life for 10 seconds" in capsys.readouterr().err
+    for _ in range(59):
+        let_pass(workers, clock, 5.0)
+    assert workers.replaced == 1
+    for _ in range(3):
+        let_pass(workers, clock, 5.0)
+    assert workers.replaced == 2 and "gave no sign of life for 300 seconds" in capsys.readouterr().err
+
+
+# --- When the main process is gone ------------------------------------------------------------------------------------
+
+
+@pytest.mark.xfail(strict=True, reason="the fork server waits for its workers, and they for it")
+@pytest.mark.parametrize("update, real", [("hogwild", True), ("pooled", False)])
+def test_nothing_outlives_a_killed_main_process(workdir, update, real):
+    """Not even a stopped worker. And a worker that Ctrl-C reaches, at whatever moment, lives on."""
+    flags = f"--run-dir run --num-workers 2 --checkpoint-every 200 --total-timesteps 1000000 --update {update}".split()
+    process = start(ROOT / "a3c_async.py", *flags, cwd=workdir, start_new_session=True, real=real)
+    try:
+        wait_for(lambda: len(children(process.pid)) == 2)
+        workers = children(process.pid)
+        for worker in workers:
+            os.kill(worker, signal.SIGINT)
+        wait_for(lambda: checkpoint("run")["env_steps"] > 0)
+        assert sorted(children(process.pid)) == sorted(workers)
+        os.kill(workers[0], signal.SIGSTOP)
+        process.kill()
+        process.wait()
+        wait_for(lambda: not session_members(process.pid), timeout=10)
+    finally:
+        for pid in session_members(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        finish(process)

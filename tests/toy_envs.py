@@ -1,5 +1,7 @@
 """Small environments whose observations can be recognized. Ids: `toy_envs:Name-v0` (gymnasium imports the module)."""
 
+import random
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
@@ -56,6 +58,13 @@ class Constant(gym.Env):
         return self._obs(), 1.0, end and self.terminates, end and not self.terminates, {}
 
 
+class OneStep(Constant):
+    """Episodes of one step."""
+
+    def step(self, action):
+        return self._obs(), 1.0, True, False, {}
+
+
 class Halving(Constant):
     """Ends when a number that is halved at every step has become 0."""
 
@@ -69,10 +78,29 @@ class Halving(Constant):
 
 
 class Talkative(Constant):
-    """Has an "episode" of its own in its infos."""
+    """Infos whose names, types and shapes change from step to step and from environment to environment."""
+
+    INFOS = {"x": 1}, {"x": "text"}, {}, {"x": np.zeros(3)}, {"x": np.zeros((2, 2))}, {"episode": 3}, {"x": {"y": [1]}}
+
+    def _info(self):
+        return self.INFOS[np.random.default_rng().integers(len(self.INFOS))]
+
+    def reset(self, **kwargs):
+        return super().reset(**kwargs)[0], self._info()
 
     def step(self, action):
-        return *super().step(action)[:4], {"episode": 3}
+        return *super().step(action)[:4], self._info()
+
+
+class Drawing(Constant):
+    """Observations from the generators that belong to nobody: Python's and NumPy's."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = Box(0.0, 1.0, (2,), np.float32)
+
+    def _obs(self):
+        return np.array([random.random(), np.random.random()], np.float32)
 
 
 class Target(gym.Env):
@@ -260,7 +288,9 @@ CLASSES = (
     WornOut,
     Slow,
     Halving,
+    OneStep,
     Talkative,
+    Drawing,
 )
 for cls in CLASSES:
     gym.register(f"{cls.__name__}-v0", cls)

@@ -1,0 +1,212 @@
+"""Environments, statistics of episodes, and the greedy evaluation of a run."""
+
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, finish, start
+from helpers import checkpoint, metrics, same
+
+from a2c_sync import Args, train
+from common.envs import env_seed, make_envs
+from common.evaluate import evaluate
+from common.flags import UserError
+from evaluate import load_agent
+
+NORMALIZED = {"env_id": "Pendulum-v1", "normalize_obs": True, "total_timesteps": 2_000, "num_envs": 4}
+
+
+# --- Environments -----------------------------------------------------------------------------------------------------
+
+
+def test_denormals_are_flushed(workdir):
+    """Adam's moments of a dead unit shrink for ever; as denormals they would make every step many times as slow."""
+    torch.set_flush_denormal(False)
+    assert torch.tensor(1e-30) * 1e-10 > 0
+    make_envs(Args()).close()
+    assert torch.tensor(1e-30) * 1e-10 == 0
+
+
+def test_environments_see_the_same_numbers_in_whatever_process():
+    """A simulator may depend on denormals: toy_envs:Halving ends when its state is 0."""
+    lengths = {}
+    for vectorization in ("sync", "async"):
+        envs = make_envs(Args(env_id="toy_envs:Halving-v0", vectorization=vectorization), 1)
+        envs.reset(seed=0)
+        lengths[vectorization] = next(n for n in range(1, 200) if envs.step(np.zeros(1, int))[2][0])
+        envs.close()
+    assert lengths["sync"] == lengths["async"]
+
+
+def test_episode_statistics_are_gymnasiums():
+    ours = make_envs(Args(env_id="toy_envs:Counting-v0", num_envs=5))
+    theirs = gym.wrappers.vector.RecordEpisodeStatistics(
+        gym.make_vec("toy_envs:Counting-v0", num_envs=5, vectorization_mode="sync")
+    )
+    found, expected = [], []
+    for seed in (1, 2):  # a second reset, in the middle of episodes, forgets them
+        ours.reset(seed=seed)
+        theirs.reset(seed=seed)
+        for t in range(50):
+            found += [(t, *episode) for episode in ours.step(np.zeros(5, int))[4]]
+            infos = theirs.step(np.zeros(5, int))[4]
+            for i in np.flatnonzero(infos.get("_episode", [])):
+                expected.append((t, i, infos["episode"]["r"][i], infos["episode"]["l"][i]))
+    assert found == expected and len(found) > 80
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_infos_of_environments_need_not_fit_together(workdir, vectorization):
+    """Nobody reads them; an "episode" among them is none of ours."""
+    flags = {"vectorization": vectorization, "num_envs": 2, "total_timesteps": 200, "eval_episodes": 2}
+    end = train(Args(run_dir="run", env_id="toy_envs:Talkative-v0", **flags))
+    assert end["train_return_mean"] == end["eval_return_mean"] == 10
+    assert {value for _, tag, value in metrics("run") if tag == "charts/episodic_length"} == {"10"}
+
+
+# --- Normalization ----------------------------------------------------------------------------------------------------
+
+
+def test_normalization_is_saved_and_frozen_in_evaluation(workdir):
+    train(Args(run_dir="run", eval_episodes=2, **NORMALIZED))
+    before = checkpoint("run")["parts"]["envs"]
+    agent, args, env_state, _ = load_agent("run")
+    envs = make_envs(args, 2, evaluation=True)
+    envs.load_state_dict(env_state)
+    raw = make_envs(Args(env_id="Pendulum-v1"), 2)
+    obs, raw_obs = envs.reset(seed=5)[0], raw.reset(seed=5)[0]
+    expected = (raw_obs - before["mean"].numpy()) / np.sqrt(before["var"].numpy() + 1e-8)
+    np.testing.assert_allclose(obs, expected, rtol=1e-5)
+    assert before["count"] > 2_000 and same(envs.state_dict(), before)
+    first = evaluate(agent, args, env_state, 3, seed=1)
+    assert first == evaluate(agent, args, env_state, 3, seed=1) != evaluate(agent, args, env_state, 3, seed=2)
+    assert same(checkpoint("run")["parts"]["envs"], before)
+
+
+def test_restored_statistics_go_on_bit_identically():
+    """Their count is no whole number: gymnasium begins at 1e-4."""
+    envs, again = (make_envs(Args(env_id="Pendulum-v1", normalize_obs=True), 2) for _ in range(2))
+    actions = np.random.default_rng(0).uniform(-1, 1, (300, 2, 1)).astype(np.float32)
+    envs.reset(seed=1)
+    for action in actions:
+        envs.step(action)
+    torch.save(envs.state_dict(), "/dev/null")  # holds what a checkpoint can
+    again.load_state_dict(envs.state_dict())
+    mine, its = (vars(e.env.obs_rms) for e in (envs, again))
+    assert mine["count"] == its["count"] == 602.0001 and all(
+        (mine[name] == its[name]).all() for name in ("mean", "var")
+    )
+    first, second = envs.reset(seed=2)[0], again.reset(seed=2)[0]
+    for action in actions:
+        assert (first == second).all()
+        first, second = envs.step(action)[0], again.step(action)[0]
+
+
+def test_what_evaluation_builds(workdir, monkeypatch):
+    """True rewards, frozen statistics, those of training; and a seed that no reset in training has."""
+    import common.evaluate as module
+
+    built, seeds = [], []
+
+    def spy(args, num_envs=None, evaluation=False, **options):
+        envs = make_envs(args, num_envs, evaluation, **options)
+        reset = envs.reset
+        envs.reset = lambda seed: seeds.append(seed) or reset(seed=seed)
+        built.append((envs, evaluation))
+        return envs
+
+    monkeypatch.setattr(module, "make_envs", spy)
+    train(Args(run_dir="run", eval_episodes=2, **NORMALIZED))
+    (envs, evaluation), state = built[-1], checkpoint("run")["parts"]["envs"]
+    assert evaluation and same(envs.state_dict(), state)
+    training = [env_seed(1, steps) for steps in range(0, 10_000, 10)]
+    assert len(set(training)) == len(training) and len(seeds) == 1 and seeds[0] not in training
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_without_end_is_given_up(workdir, monkeypatch):
+    monkeypatch.setattr("common.evaluate.MAX_EPISODE_STEPS", 8)  # episodes of Constant-v0 have 10 steps
+    with pytest.raises(UserError, match="max_episode_steps"):
+        train(Args(run_dir="run", env_id="toy_envs:Constant-v0", total_timesteps=50, num_envs=2))
+
+
+def test_evaluation_counts_a_fixed_number_of_episodes_of_every_environment(workdir):
+    """16 environments, 40 episodes: those that ended first must not be short ones. Lengths 1 to 5: 3 on average."""
+    train(Args(run_dir="run", env_id="toy_envs:Counting-v0", total_timesteps=50, eval_episodes=1))
+    agent, args, env_state, _ = load_agent("run")
+    returns, lengths = evaluate(agent, args, env_state, 3_000, seed=1)
+    assert len(returns) == len(lengths) == 3_000
+    assert np.mean(lengths) == pytest.approx(3, abs=0.1)
+    assert returns == [n * (n + 1) / 2 for n in lengths]
+
+
+@pytest.mark.parametrize("episodes", [1, 5, 40])
+def test_every_environment_plays_its_share_of_the_episodes(workdir, monkeypatch, episodes):
+    """The first ones it ends, as many as its neighbours or one more."""
+    import common.evaluate as module
+
+    ended, built = [], []
+
+    def spy(*args, **options):
+        envs = make_envs(*args, **options)
+        step = envs.step
+
+        def remember(actions):
+            *rest, episodes = step(actions)
+            ended.extend(episodes)
+            return *rest, episodes
+
+        envs.step = remember
+        built.append(envs)
+        return envs
+
+    train(Args(run_dir="run", env_id="toy_envs:Counting-v0", total_timesteps=50, eval_episodes=1))
+    agent, args, env_state, _ = load_agent("run")
+    monkeypatch.setattr(module, "make_envs", spy)
+    returns, lengths = evaluate(agent, args, env_state, episodes, seed=1)
+    num_envs = built[0].num_envs
+    assert num_envs == min(episodes, 16)
+    shares = [len(range(i, episodes, num_envs)) for i in range(num_envs)]
+    assert sum(shares) == episodes and max(shares) - min(shares) <= 1
+    expected = []
+    for i, episodic_return, length in ended:
+        shares[i] -= 1
+        if shares[i] >= 0:
+            expected.append((episodic_return, length))
+    assert list(zip(returns, lengths)) == expected and max(shares) <= 0
+
+
+def test_evaluate_command(workdir):
+    """From any folder, with any path; its seed is the run's unless another is given."""
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 100, "num_envs": 2, "eval_episodes": 3}
+    end = train(Args(run_dir="a run", **flags))
+    sentence = (
+        f"greedy return {end['eval_return_mean']:.1f} ± {end['eval_return_std']:.1f} over 3 episodes of Pendulum-v1"
+    )
+    before = {path: path.read_bytes() for path in Path("a run").iterdir()}
+    script = ROOT / "evaluate.py"
+    for cwd, words in ((workdir, ["a run"]), (ROOT, [workdir / "a run"]), (ROOT, [workdir / "a run", "--seed", "1"])):
+        status, out, err = finish(start(script, *words, "--episodes", "3", cwd=cwd))
+        assert status == 0 and sentence in out and "trained for 100 environment steps" in out, err
+    status, out, err = finish(start(script, "a run", "--episodes", "3", "--seed", "2", cwd=workdir))
+    assert status == 0 and "greedy return" in out and sentence not in out
+    assert {path: path.read_bytes() for path in Path("a run").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["."], "no args.json"),
+        (["nowhere"], "'nowhere' is no run folder"),
+        ([".", "--episodes", "0"], "--episodes must lie in [1, inf)"),
+        ([".", "--seed", "-1"], "--seed must lie in [0, 4294967295]"),
+    ],
+    ids=str,
+)
+def test_what_evaluate_cannot_do_it_says_in_one_sentence(workdir, words, sentence):
+    status, out, err = finish(start(ROOT / "evaluate.py", *words, cwd=workdir))
+    assert status == 1 and err.startswith("error: ") and sentence in err and err.count("\n") == 1
