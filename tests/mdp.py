@@ -25,7 +25,7 @@ class MDP:
         self.start = torch.tensor(rng.dirichlet(np.ones(S)))
 
     def rollouts(self, T):
-        """Every (s_0, a_0, ..., s_T): states (T + 1, N), actions (T, N), probability of the states given the actions (N,).
+        """Every (s_0, a_0, ..., s_T): states (T + 1, N), actions (T, N), probability of the states given actions (N,).
 
         After termination the reset step leads to a start state, as gymnasium's autoreset does.
         """

@@ -39,7 +39,7 @@ def transitions_of_the_first(happened, num_envs):
 
 
 def written_out_run(script, args, act):
-    """The agent at the end of a run, and the updates. Actions of a Box are taken as they are: its bounds must be ±1.
+    """The agent at the end of a run, and the number of updates. The bounds of continuous actions must be -1 and 1.
 
     act(agent, optimizer, obs (N, ...), env_steps) gives the fields of a transition that acting yields, (N, ...) each.
     """
@@ -53,30 +53,28 @@ def written_out_run(script, args, act):
     spec = (envs[0].observation_space.shape, np.float32)
     agent = script.make_agent(SimpleNamespace(obs_spec=spec, num_actions=num_actions, discrete=discrete), args)
     optimizer = script.make_optimizer(agent, args)
-    rows, next_reset, updates = [], 0, 0
-    while len(rows) < args.total_timesteps:
-        if len(rows) >= next_reset:
-            seed = env_seed(args.seed, len(rows))
+    buffer, env_steps, next_reset, updates = {}, 0, 0, 0
+    while env_steps < args.total_timesteps:
+        if env_steps >= next_reset:
+            seed = env_seed(args.seed, env_steps)
             obs = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
             ended = [False] * len(envs)
-            next_reset = (len(rows) // args.checkpoint_every + 1) * args.checkpoint_every
-        chosen, before = act(agent, optimizer, torch.as_tensor(np.array(obs)), len(rows)), len(rows)
+            next_reset = (env_steps // args.checkpoint_every + 1) * args.checkpoint_every
+        chosen, before = act(agent, optimizer, torch.as_tensor(np.array(obs)), env_steps), env_steps
         for i, env in enumerate(envs):
             if ended[i]:  # a step that only resets
                 obs[i], ended[i] = env.reset()[0], False
                 continue
             action = chosen["actions"][i].numpy()
             next_obs, reward, terminated, truncated, _ = env.step(int(action) if discrete else action.clip(-1, 1))
-            rows.append({name: x[i].numpy() for name, x in chosen.items()})
-            rows[-1] |= {"obs": obs[i], "rewards": reward, "next_obs": next_obs, "terminated": terminated}
+            row = {"obs": obs[i], "rewards": reward, "next_obs": next_obs, "terminated": terminated}
+            buffer[env_steps % args.buffer_size] = row | {name: x[i].numpy() for name, x in chosen.items()}
+            env_steps += 1
             obs[i], ended[i] = next_obs, terminated or truncated
-        if len(rows) <= args.learning_starts:
+        if env_steps <= args.learning_starts:
             continue
-        for _ in range(int(len(rows) * args.updates_per_step) - int(before * args.updates_per_step)):
-            # Transition n lies in row n of the buffer, modulo its size, if no later one does
-            filled = min(len(rows), args.buffer_size)
-            index = torch.randint(filled, (args.batch_size,)).tolist()
-            newest = {n % args.buffer_size: rows[n] for n in range(len(rows))}
-            script.update(agent, optimizer, SimpleNamespace(**as_fields([newest[i] for i in index])), args)
+        for _ in range(int(env_steps * args.updates_per_step) - int(before * args.updates_per_step)):
+            index = torch.randint(len(buffer), (args.batch_size,)).tolist()
+            script.update(agent, optimizer, SimpleNamespace(**as_fields([buffer[i] for i in index])), args)
             updates += 1
     return agent, updates

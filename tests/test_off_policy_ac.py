@@ -41,7 +41,10 @@ from off_policy_ac import (
     update,
 )
 
-SHORT = {"total_timesteps": 130, "learning_starts": 50, "batch_size": 16, "buffer_size": 1000, "eval_episodes": 1}
+SHORT = {
+    "total_timesteps": 130, "learning_starts": 50, "batch_size": 16, "buffer_size": 1000, "eval_episodes": 1,
+    "device": "cpu",
+}  # fmt: skip
 
 
 def run(**flags):
@@ -537,7 +540,7 @@ def test_what_is_stored_is_what_happened(workdir, num_envs):
     agent = make_agent(make_envs(args), args)  # never updated
     log_probs = agent.actor(stored["obs"]).log_prob(stored["actions"])
     torch.testing.assert_close(stored["old_log_probs"], log_probs.detach())
-    assert 0.1 < stored["actions"].float().mean() < 0.9  # it acts by chance: a new policy is nearly even
+    assert 0.2 < stored["actions"].float().mean() < 0.8  # it acts by chance: a new policy is nearly even
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])

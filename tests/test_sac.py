@@ -41,7 +41,7 @@ from sac import (
 
 SHORT = {
     "total_timesteps": 130, "learning_starts": 50, "batch_size": 16, "buffer_size": 1000, "eval_episodes": 1,
-    "num_threads": 1,
+    "num_threads": 1, "device": "cpu",
 }  # fmt: skip
 
 
@@ -479,8 +479,8 @@ def test_weights_that_are_not_finite_do_not_act(workdir):
 
 def test_warm_up_is_uniform_and_seeded(workdir):
     """The first --learning-starts actions are the generator's, the next one is the policy's at what it saw."""
-    args = Args(env_id="toy_envs:Target-v0", total_timesteps=600, learning_starts=590, num_threads=1, run_dir="run")
-    end = train(dataclasses.replace(args, batch_size=16, eval_episodes=1))
+    flags = {"env_id": "toy_envs:Target-v0", "total_timesteps": 600, "learning_starts": 590}
+    end, args = run(**flags), Args(**(SHORT | flags))
     stored = checkpoint("run")["parts"]["buffer"]["fields"]
     assert end["updates"] == len(stored["obs"]) - 590 == 10
     torch.manual_seed(args.seed)
@@ -664,7 +664,7 @@ def test_compiled_is_the_same_to_rounding(workdir):
     """Same noise, same batches: 40 updates later the losses agree."""
     values = {}
     for compile in (False, True):
-        run(run_dir=str(compile), compile=compile, total_timesteps=90)
+        run(run_dir=str(compile), compile=compile, total_timesteps=90, device="auto")
         rows = [row for row in metrics(str(compile)) if row[1].startswith("losses/")]
         parts = checkpoint(str(compile))["parts"]["agent"]
         values[compile] = {tag: float(value) for _, tag, value in rows} | {"weights": parts["actor.head.weight"]}
