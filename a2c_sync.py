@@ -23,7 +23,7 @@ the mask `valid` keeps it out of losses and counts. In all other steps obs[t + 1
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ import torch.nn as nn
 from common.envs import make_envs
 from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, UserError
 from common.optim import RMSpropA3C
-from common.run import Run, run_cli
+from common.run import Run, isolated, run_cli
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ class Args(RunArgs):
     """let the learning rates fall linearly to 0 at --total-timesteps"""
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"
     """rmsprop: with ε inside the root, as in the published A3C and A2C results"""
-    max_grad_norm: Annotated[float, "(0, inf]"] = math.inf
+    max_grad_norm: Positive | None = None
     """gradients of a network are scaled down to this norm; 0.5 is usual, but makes V forget what is rare (docs)"""
     normalize_obs: bool = False
     """scale each element of a vector observation by its running mean and variance"""
@@ -284,7 +284,7 @@ def update(agent, optimizer, batch, args):
     loss, metrics = loss_fn(agent, batch, args)
     optimizer.zero_grad()
     loss.backward()
-    if args.max_grad_norm < math.inf:
+    if args.max_grad_norm is not None:
         for group in optimizer.param_groups:  # each network on its own
             nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
     optimizer.step()
@@ -339,6 +339,7 @@ def make_rollout(envs, T: int, N: int) -> Rollout:
     return Rollout(obs, actions, rewards, terminated, done)
 
 
+@isolated
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)

@@ -36,10 +36,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from common.checkpoint import seed_generators
 from common.envs import env_seed, make_envs
 from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, UserError
 from common.optim import RMSpropA3C
-from common.run import Run, run_cli
+from common.run import Run, isolated, run_cli
 from common.workers import POLL_SECONDS, Snapshot, Worker, Workers, copy_parameters, shared
 
 # --- Config -----------------------------------------------------------------------------------------------------------
@@ -85,8 +86,11 @@ class Args(RunArgs):
     """ε inside RMSProp's root; above the squares of all gradients it makes RMSProp SGD, so 1e-8 for images (docs)"""
     lr_decay: bool = True
     """let the learning rates fall linearly to 0 at --total-timesteps"""
-    max_grad_norm: Annotated[float, "(0, inf]"] = math.inf
+    max_grad_norm: Positive | None = None
     """gradients of a network are scaled down to this norm; 0.5 is usual, but makes V forget what is rare (docs)"""
+
+    def total_envs(self) -> int:
+        return self.num_workers * envs_of_worker(self)
 
 
 def check_flags(args: Args):
@@ -328,7 +332,7 @@ def update(agent, optimizer, batch, args, shared_agent, is_fresh):
         return metrics
     for shared_param, param in zip(shared_agent.parameters(), agent.parameters()):
         shared_param.grad = param.grad
-    if args.max_grad_norm < math.inf:
+    if args.max_grad_norm is not None:
         for group in optimizer.param_groups:  # each network on its own
             nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
     optimizer.step()
@@ -369,7 +373,7 @@ def record_fields(rollout: Rollout, args: Args) -> dict:
 def start_work(worker: Worker, args: Args, env_steps: int):
     """A worker's own noise, environments, networks and rollout."""
     seed = env_seed(args.seed, env_steps, worker.index, worker.generation)
-    torch.manual_seed(seed)
+    seed_generators(seed)
     N = envs_of_worker(args)
     envs = worker.close_at_exit(make_envs(args, N))
     agent, rollout = make_agent(envs, args), make_rollout(envs, args.num_steps, N)
@@ -489,6 +493,7 @@ def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
     return RMSpropA3C(groups, eps=args.rmsprop_eps)
 
 
+@isolated
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)
@@ -530,7 +535,7 @@ def train(args: Args) -> dict:
                 pool_size = sum(int(each["steps"]) for each in pool)
                 if pool_size < args.batch_size:
                     continue
-                # Learn: rollouts of whichever workers side by side, as if one had had all the environments
+                # Learn: the workers' rollouts side by side, as if one worker had had all the environments
                 arrays = (np.concatenate([each[name] for each in pool], 1) for name in Rollout._fields)
                 if args.lr_decay:
                     decay_learning_rates(optimizer, (run.env_steps - pool_size) / args.total_timesteps)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import gymnasium as gym
 import numpy as np
 import tyro
 
@@ -24,8 +23,10 @@ class Options:
     """episodes to play"""
     video: bool = False
     """write the first episode to RUN_DIR/video.mp4"""
-    seed: Annotated[int, "[0, 4294967295]"] | None = None
-    """seed of the environments; by default that of the run"""
+    seed: Annotated[int, "[0, 4294967295]"] = 0
+    """seed of the environments; 0 gives the episodes of the evaluation after training"""
+    max_steps: Count = 30_000
+    """steps after which an episode is given up"""
 
 
 def load_args(run_dir: str | Path) -> RunArgs:
@@ -57,37 +58,55 @@ def frame(envs, obs: np.ndarray) -> np.ndarray:
     return np.repeat(obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None], 3, axis=-1)
 
 
-def write_video(agent, args: RunArgs, env_state: dict, run_dir: Path, seed: int):
-    """One episode, as RUN_DIR/video.mp4."""
+def write_video(agent, args: RunArgs, env_state: dict, run_dir: Path, seed: int = 0):
+    """The first episode, as RUN_DIR/video.mp4; frames go to the file as they come. Raises UserError if that fails."""
     try:
-        from moviepy import ImageSequenceClip
+        import imageio_ffmpeg
     except ImportError:
         raise UserError('--video needs an extra: pip install -e ".[video]"') from None
-    frames = []
+    path, shapes, writer = run_dir / "video.mp4", [], None
+
+    def write(envs, obs):
+        nonlocal writer
+        picture = np.ascontiguousarray(frame(envs, obs), np.uint8)
+        shapes.append(picture.shape)
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.shape != shapes[0]:
+            raise ValueError(f"frames must be (height, width, 3), of one size, not {shapes[0]} and {picture.shape}")
+        if writer is None:
+            height, width, _ = picture.shape
+            writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=30, macro_block_size=2)
+            writer.send(None)
+        writer.send(picture)
+
     try:
-        evaluate(agent, args, env_state, 1, seed, lambda envs, obs: frames.append(frame(envs, obs)), render=True)
-    except (TypeError, gym.error.Error) as error:
-        raise UserError(f"{args.env_id} does not render as rgb_array: {error}") from None
-    clip = ImageSequenceClip(frames, fps=30)
-    clip.write_videofile(str(run_dir / "video.mp4"), logger=None)
-    print(f"video of one episode, {len(frames)} frames: {run_dir / 'video.mp4'}")
+        evaluate(agent, args, env_state, 1, seed, on_step=write, render=True)
+    except Exception as error:
+        raise UserError(f"No video of {args.env_id}: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
+    finally:
+        if writer is not None:
+            writer.close()
+    print(f"video of one episode, {len(shapes)} frames: {path}")
 
 
 def main():
     options = tyro.cli(Options, description=__doc__)
+    failure = None
     try:
         check_ranges(options)
         agent, args, env_state, env_steps = load_agent(options.run_dir)
-        seed = args.seed if options.seed is None else options.seed
         if options.video:
-            write_video(agent, args, env_state, Path(options.run_dir), seed)
-        returns, lengths = evaluate(agent, args, env_state, options.episodes, seed)
+            try:
+                write_video(agent, args, env_state, Path(options.run_dir), options.seed)
+            except UserError as error:
+                failure = f"error: {error}"  # the numbers are printed all the same
+        returns, lengths = evaluate(agent, args, env_state, options.episodes, options.seed, options.max_steps)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(
         f"greedy return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes of {args.env_id} "
         f"(mean length {np.mean(lengths):.0f}), trained for {env_steps:,} environment steps"
     )
+    sys.exit(failure)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from common.envs import make_envs
 from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, Share, UserError
 from common.ring_buffer import RingBuffer
-from common.run import Run, run_cli
+from common.run import Run, isolated, run_cli
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ class Args(RunArgs):
     actor_actions: Literal["policy", "buffer", "importance"] = "policy"
     """actions of the policy gradient: the policy's (D11), the buffer's, naive (D9b), or the buffer's weighted (D12)"""
     num_action_samples: Count = 8
-    """K, actions the policy samples at every state of the batch (D14)"""
+    """K, actions sampled at every state of the batch (D14); with --actor-actions policy, else only for the baseline"""
     baseline: Literal["samples", "none"] = "samples"
     """what is subtracted from Q(s, a): the mean Q of the other samples, or nothing (D13)"""
     ent_coef: NonNegative = 0.05
@@ -95,8 +95,8 @@ def check_flags(args: Args):
         )
     if args.actor_actions == "policy" and args.baseline == "samples" and args.num_action_samples < 2:
         raise UserError("--baseline samples compares an action with others: it needs --num-action-samples 2 or more.")
-    if args.buffer_size < args.num_envs:
-        raise UserError("--buffer-size must be at least --num-envs.")
+    if args.buffer_size < max(args.num_envs, args.batch_size):
+        raise UserError("--buffer-size must be at least --num-envs and --batch-size.")
     if args.learning_starts >= args.total_timesteps:
         raise UserError("--learning-starts must be below --total-timesteps: nothing would be learned.")
 
@@ -261,11 +261,11 @@ def loss_fn(agent, batch, args):
     # Targets
     with torch.no_grad():
         next_actions = agent.actor(batch.next_obs).sample()  # (B,): what the policy would do now (D10)
-        next_value = agent.target_critic(batch.next_obs, next_actions)  # --critic v: of whoever acted (D9a)
+        next_value = agent.target_critic(batch.next_obs, next_actions)  # --critic v: of the policy that acted (D9a)
         q_target = td_target(batch.rewards, batch.terminated, next_value, args.gamma)
 
     # Critic
-    q = agent.critic(batch.obs, batch.actions)  # (B,): valid for any action, whoever chose it
+    q = agent.critic(batch.obs, batch.actions)  # (B,): valid for any action, of whichever policy
     critic_loss = critic_loss_fn(q, q_target)
 
     # Actor
@@ -327,6 +327,7 @@ def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, fused=True)
 
 
+@isolated
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)

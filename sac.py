@@ -41,7 +41,7 @@ from common.compile import compiled
 from common.envs import make_envs
 from common.flags import Count, Fraction, Positive, RunArgs, Share, UserError
 from common.ring_buffer import RingBuffer
-from common.run import Run, run_cli
+from common.run import Run, isolated, run_cli
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 
@@ -88,8 +88,8 @@ def check_flags(args: Args):
     """Raises UserError for flags that contradict each other."""
     if args.estimator == "score" and args.num_action_samples < 2:
         raise UserError("--estimator score compares an action with others: it needs --num-action-samples 2 or more.")
-    if args.buffer_size < args.num_envs:
-        raise UserError("--buffer-size must be at least --num-envs.")
+    if args.buffer_size < max(args.num_envs, args.batch_size):
+        raise UserError("--buffer-size must be at least --num-envs and --batch-size.")
     if args.learning_starts >= args.total_timesteps:
         raise UserError("--learning-starts must be below --total-timesteps: nothing would be learned.")
 
@@ -149,9 +149,7 @@ class Actor(nn.Module):
     def __init__(self, body, num_features, num_actions):
         super().__init__()
         self.body = body
-        self.head = orthogonal(
-            nn.Linear(num_features, 2 * num_actions), gain=0.01
-        )  # at first nearly the same everywhere
+        self.head = orthogonal(nn.Linear(num_features, 2 * num_actions), gain=0.01)  # at first nearly 0 everywhere
 
     def forward(self, x):
         mean, log_std = self.head(self.body(x)).chunk(2, -1)
@@ -184,9 +182,8 @@ class Critics(nn.Module):
     def forward(self, obs, actions):
         obs = obs.expand(*actions.shape[:-1], -1)  # (..., B, D): K actions of each state
         x = torch.cat([obs, actions], -1).flatten(0, -2).expand(self.num, -1, -1)
-        return self.head(self.body(x)).view(
-            self.num, *actions.shape[:-1]
-        )  # like the rewards; (..., B, 1) would broadcast
+        q = self.head(self.body(x))  # (M, ... * B, 1)
+        return q.view(self.num, *actions.shape[:-1])  # like the rewards; (..., B, 1) would broadcast
 
 
 class ActorCritic(nn.Module):
@@ -258,25 +255,22 @@ def loss_fn(agent, batch, args):
 
     # Targets
     with torch.no_grad():
-        next_actions, next_log_probs = agent.actor(
-            batch.next_obs
-        ).sample_with_log_prob()  # what the policy would do now (D10)
+        next_policy = agent.actor(batch.next_obs)
+        next_actions, next_log_probs = next_policy.sample_with_log_prob()  # what the policy would do now (D10)
         next_q = agent.target_critics(batch.next_obs, next_actions)  # (M, B)
         q_target = soft_td_target(batch.rewards, batch.terminated, next_q, next_log_probs, alpha, args.gamma)
 
     # Critics
-    q = agent.critics(batch.obs, batch.actions)  # (M, B): valid for any action, whoever chose it
+    q = agent.critics(batch.obs, batch.actions)  # (M, B): valid for any action, of whichever policy
     critic_loss = critic_loss_fn(q, q_target)
 
     # Actor
     reparam = args.estimator == "reparam"
     policy = agent.actor(batch.obs)
-    pi_actions, log_probs = policy.sample_with_log_prob(
-        args.num_action_samples, reparam=reparam
-    )  # (K, B, A): fresh (D11)
-    constants = {
-        name: p.detach() for name, p in agent.critics.named_parameters()
-    }  # the gradient goes through Q, not into it
+    # (K, B, A) and (K, B): fresh actions, not the buffer's (D11)
+    pi_actions, log_probs = policy.sample_with_log_prob(args.num_action_samples, reparam=reparam)
+    # The gradient goes through Q into the actions (D16), not into the critics' parameters
+    constants = {name: p.detach() for name, p in agent.critics.named_parameters()}
     pi_q = functional_call(agent.critics, constants, (batch.obs, pi_actions))  # (M, K, B)
     actor_loss = (actor_loss_fn if reparam else score_loss_fn)(log_probs, pi_q, alpha)
 
@@ -323,6 +317,7 @@ def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, fused=True)
 
 
+@isolated
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)

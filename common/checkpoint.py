@@ -2,6 +2,7 @@
 
 import os
 import random
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,16 @@ def save_checkpoint(run_dir: Path, content: dict):
     """Writes run_dir/checkpoint.pt: temporary file, flush to the disk, rename. There is always one whole checkpoint."""
     path = run_dir / "checkpoint.pt"
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, "random": random_state()} | content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "random": random_state()} | content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, in the middle of a full disk
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise UserError(f"{str(path)!r} cannot be written ({reason}); the last checkpoint stays.") from None
 
 
 def load_checkpoint(run_dir: str | Path, script: str) -> dict:
@@ -29,8 +35,12 @@ def load_checkpoint(run_dir: str | Path, script: str) -> dict:
     if not path.is_file():
         raise UserError(f"{str(run_dir)!r} holds no checkpoint.pt.")
     try:
+        if zipfile.ZipFile(path).testzip() is not None:  # every member has a checksum, at which torch does not look
+            raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         form = content["format"]
+    except PermissionError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
     except Exception:  # a damaged zip, a foreign pickle, no dictionary: torch raises many types
         form = None
     if form == "actor-critic checkpoint 1":
@@ -40,6 +50,12 @@ def load_checkpoint(run_dir: str | Path, script: str) -> dict:
     if content["script"] != script:
         raise UserError(f"{str(path)!r} was written by {content['script']}.py, not by {script}.py.")
     return content
+
+
+def seed_generators(seed: int):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def random_state() -> dict:

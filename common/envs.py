@@ -1,17 +1,22 @@
 """make_envs: the only place that builds environments."""
 
+import importlib.util
 import math
+import multiprocessing
 import os
+import re
 import sys
 import warnings
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorWrapper
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
 from gymnasium.wrappers.vector import NormalizeObservation
 
+from common.checkpoint import seed_generators
 from common.flags import NotFinite, UserError
 
 
@@ -23,33 +28,45 @@ def env_seed(seed: int, env_steps: int, *worker: int) -> int:
 def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, discrete=True) -> "Envs":
     """Vector environment of `args.env_id` with autoreset NEXT_STEP.
 
-    `evaluation`: true rewards and frozen statistics; `render`: as rgb_array; `images`, `discrete`: whether the script
-    takes such observations and actions. Raises UserError for an environment or a space that it cannot train on.
+    `evaluation`: true rewards, frozen statistics, a seed for each environment; `render`: as rgb_array; `images`,
+    `discrete`: whether the script takes such observations and actions. Raises UserError for what it cannot train on.
     """
     # Numbers below 1e-38 (float64: 1e-308) become 0, in every process that has environments, which see it, too. Adam's
     # moments of dead units end there, and as denormals make its step several times as slow (docs/sac.md)
     torch.set_flush_denormal(True)
     spec = find_spec(args.env_id)
     atari = spec.vector_entry_point == "ale_py.vector_env:AtariVectorEnv"
-    native = args.vectorization == "auto" and spec.vector_entry_point is not None
-    options = {"vectorization_mode": "sync", "wrappers": [WithoutInfos]}
+    # A native vector environment draws all starts from one seed: evaluation takes single ones where there are any
+    native = args.vectorization == "auto" and spec.vector_entry_point and not (evaluation and spec.entry_point)
+    options = {"vectorization_mode": "sync", "vector_kwargs": {"copy": False}, "wrappers": [WithoutInfos]}
     if atari:
-        if not native:
+        if args.vectorization != "auto":
             raise UserError(f"{args.env_id} has its own C++ vector environment; leave --vectorization at auto.")
         options = {"reward_clipping": False}  # clipped by Envs, after the true return has been counted
     elif render:
-        options |= {"render_mode": "rgb_array"}
+        options["render_mode"] = "rgb_array"
     elif native:
         options = {}
-    elif args.vectorization == "async":  # a fork of this process could hang, its threads missing
-        options |= {"vectorization_mode": "async", "vector_kwargs": {"context": "forkserver"}}
-        options["wrappers"] = [WithoutInfos, in_process]
+    elif args.vectorization == "async" and not evaluation:  # a fork of this process could hang, its threads missing
+        context = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        vector_kwargs = {
+            "copy": False,
+            "context": context,
+            "daemon": False,
+        }  # daemons may have no processes of their own
+        options |= {
+            "vectorization_mode": "async",
+            "vector_kwargs": vector_kwargs,
+            "wrappers": [partial(InProcess, os.getpid())],
+        }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium's remarks on spaces; unsupported ones are refused below
-            envs = gym.make_vec(spec, num_envs=num_envs or args.num_envs, **options)
-    except (ImportError, gym.error.Error) as error:
-        raise UserError(f"{args.env_id} cannot be built: {' '.join(str(error).split())}") from None
+            envs = gym.make_vec(spec, num_envs=num_envs or args.num_envs, **options, **args.env_kwargs)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        remedy = " (--env-kwargs gives arguments)" if isinstance(error, TypeError) else similar(args.env_id)
+        raise UserError(f"{args.env_id} cannot be built. {reason}{remedy}") from error
     try:
         if envs.metadata.get("autoreset_mode") != AutoresetMode.NEXT_STEP:
             raise UserError(f"{args.env_id} does not use gymnasium's autoreset mode NEXT_STEP, which all scripts need.")
@@ -57,7 +74,7 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
     except UserError:
         envs.close()
         raise
-    return Envs(envs, getattr(args, "normalize_obs", False), evaluation, clip_rewards=atari and not evaluation)
+    return Envs(envs, getattr(args, "normalize_obs", False), evaluation, atari)
 
 
 class WithoutInfos(gym.Wrapper):
@@ -70,15 +87,30 @@ class WithoutInfos(gym.Wrapper):
         return *self.env.step(action)[:4], {}
 
 
+class InProcess(WithoutInfos):
+    """One environment in a process of its own. (gymnasium also builds one in the main process, for its spaces.)"""
+
+    def __init__(self, main: int, env):
+        super().__init__(env)
+        if os.getpid() != main and hasattr(os, "setpgrp"):
+            os.setpgrp()  # Ctrl-C and SIGTERM of a process group are for the main process, which then ends this one
+        torch.set_flush_denormal(True)
+
+    def reset(self, *, seed=None, **kwargs):
+        if seed is not None:
+            seed_generators(seed)  # the global ones, from which it may draw
+        return super().reset(seed=seed, **kwargs)
+
+
 class Envs(VectorWrapper):
     """gymnasium's vector environment as scripts and networks see it; instead of infos, step() returns ended episodes.
 
     Vectors are float32, actions of a Box lie in [-1, 1], those of Discrete start at 0, Atari's rewards are clipped
-    (Mnih et al. 2015). gymnasium's wrappers loop over the environments; its RecordEpisodeStatistics takes thrice as long.
+    (Mnih et al. 2015). gymnasium's wrappers loop over the environments, and its RecordEpisodeStatistics is slower.
     `obs_spec`, `action_spec`: shape and dtype of one entry; `num_actions`: choices if `discrete`, else dimensions.
     """
 
-    def __init__(self, envs, normalize: bool, evaluation: bool, clip_rewards: bool):
+    def __init__(self, envs, normalize: bool, evaluation: bool, atari: bool):
         super().__init__(NormalizeObservation(envs) if normalize else envs)
         self._normalizes = normalize
         if normalize:
@@ -95,23 +127,29 @@ class Envs(VectorWrapper):
             self._bounds = space.low, space.high
             low, high = space.low.astype(np.float64), space.high.astype(np.float64)
             self._center, self._half_range = (high + low) / 2, (high - low) / 2
-        self._clip_rewards = clip_rewards
+        self._atari, self._clip_rewards = atari, atari and not evaluation
 
-    def reset(self, **kwargs):
+    def reset(self, *, seed):
+        """`seed`: one for all, or a list with one for each environment."""
+        if isinstance(seed, list) and not isinstance(self.unwrapped, (SyncVectorEnv, AsyncVectorEnv)):
+            seed = np.array(seed) if self._atari else seed[0]
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
-        obs = self.env.reset(**kwargs)[0].astype(self.obs_spec[1], copy=False)
+        obs = np.array(self.env.reset(seed=seed)[0], self.obs_spec[1])
         check_finite("observation", obs)
         return obs, {}
 
     def step(self, actions: np.ndarray):
-        """obs, rewards, terminated, truncated, and (environment, return, length) of each episode that ended."""
+        """obs, rewards, terminated, truncated, and (environment, return, length) of each episode that ended.
+
+        Copies: an environment may use its arrays again.
+        """
         if not self.discrete:  # a Gaussian's sample may lie outside, and rounding may leave the bounds by a digit
             check_finite("action", actions)
             actions = self._center + self._half_range * actions.clip(-1.0, 1.0)
             actions = actions.astype(self._bounds[0].dtype).clip(*self._bounds)
         elif self._start or self._action_dtype != actions.dtype:
             actions = (actions + self._start).astype(self._action_dtype)
-        obs, rewards, terminated, truncated, _ = self.env.step(actions)
+        obs, rewards, terminated, truncated = map(np.array, self.env.step(actions)[:4])
         obs = obs.astype(self.obs_spec[1], copy=False)
         check_finite("observation", obs)
         check_finite("reward", rewards)
@@ -126,9 +164,12 @@ class Envs(VectorWrapper):
         return obs, rewards, terminated, truncated, episodes
 
     def close(self, terminate: bool = False):
-        """`terminate`: do not wait for the answer of worker processes, one of which may have died."""
-        in_processes = isinstance(self.unwrapped, AsyncVectorEnv)
-        self.env.close(**({"terminate": True} if terminate and in_processes else {}))
+        """`terminate`: do not wait for the answer of environments' processes, one of which may have died."""
+        if terminate and isinstance(self.unwrapped, AsyncVectorEnv) and not self.unwrapped.closed:
+            self.unwrapped.closed = True
+            for process in self.unwrapped.processes:
+                process.kill()
+        self.env.close()
 
     def state_dict(self) -> dict:
         """Mean, variance and count of --normalize-obs, if they are kept."""
@@ -158,40 +199,51 @@ def find_spec(env_id: str):
                 if os.getcwd() not in sys.path:  # a package in the working directory, as `python -m` would find it
                     sys.path.append(os.getcwd())
                 __import__(package)
-            return gym.spec(name)
+            spec = gym.spec(name)
     except ModuleNotFoundError as error:
         remedy = (
             'pip install -e ".[atari]"' if error.name == "ale_py" else f"there is no package {error.name!r} to import"
         )
         raise UserError(f"--env-id {env_id}: {remedy}.") from None
     except gym.error.Error as error:
-        raise UserError(f"--env-id {env_id}: {error}") from None
+        raise UserError(f"--env-id {env_id}: {' '.join(str(error).split())}{similar(env_id)}") from None
+    if str(spec.entry_point).startswith("__main__:"):
+        raise UserError(f"{env_id} is registered as a string in __main__; give gymnasium.register the class itself.")
+    return spec
+
+
+def similar(env_id: str) -> str:
+    """A hint for an id that has another name or version today."""
+    if importlib.util.find_spec("ale_py"):
+        import ale_py
+
+        gym.register_envs(ale_py)
+    env_id = env_id.rpartition(":")[2]
+    base = re.sub(r"-v\d+$|NoFrameskip|Deterministic|-ram", "", env_id.rpartition("/")[2]).lower()
+    found = [name for name in gym.registry if name.rpartition("/")[2].rpartition("-v")[0].lower() == base != ""]
+    newest = max(found, key=lambda name: int(name.rpartition("-v")[2] or 0), default=env_id)
+    return "" if newest == env_id else f" Did you mean {newest}?"
 
 
 def check_spaces(obs_space, action_space, args, images: bool, discrete: bool):
     """Raises UserError, naming the spaces and what to use instead, for those that a script does not take."""
-    vector = isinstance(obs_space, Box) and len(obs_space.shape) == 1
-    image = isinstance(obs_space, Box) and len(obs_space.shape) == 3
+    dims = len(obs_space.shape) if isinstance(obs_space, Box) else 0
+    channels_first = dims == 3 and obs_space.dtype == np.uint8 and min(obs_space.shape[1:]) >= 36
     box = isinstance(action_space, Box) and len(action_space.shape) == 1 and action_space.is_bounded()
     box = box and np.issubdtype(action_space.dtype, np.floating)
-    uint8 = image and obs_space.dtype == np.uint8 and obs_space.shape[0] <= 16 and min(obs_space.shape[1:]) >= 36
-    for fits, remedy in (
-        (vector or image, "gymnasium.wrappers.FlattenObservation makes observations a vector"),
-        (vector or images, "this script takes vectors; for images use a2c_sync.py or a3c_async.py"),
-        (
-            vector or uint8,
-            "images must be uint8, channels first and at least 36 x 36 (TransformObservation maps others)",
-        ),
-        (vector or not getattr(args, "normalize_obs", False), "--normalize-obs is for vectors"),
+    remedy = {
+        2: "ReshapeObservation adds the channel to a grey image, FlattenObservation makes a vector",
+        3: "TransformObservation with x.transpose(2, 0, 1) puts channels first",
+        4: "ReshapeObservation turns stacked frames into channels",
+    }.get(dims, "FlattenObservation makes a vector")
+    for fits, words in (
+        (dims == 1 or channels_first or dims == 3 and not images, "use vectors or images of uint8, (channels, height, "
+         f"width), at least 36 x 36; of gymnasium.wrappers, {remedy}"),
+        (dims == 1 or images, "this script takes vectors; for images use a2c_sync.py or a3c_async.py"),
+        (dims == 1 or not getattr(args, "normalize_obs", False), "--normalize-obs is for vectors"),
         (box or isinstance(action_space, Discrete), "actions must be Discrete or a bounded one-dimensional float Box"),
         (box or discrete, "this script needs continuous actions; for discrete ones use off_policy_ac.py"),
-    ):
+    ):  # fmt: skip
         if not fits:
-            raise UserError(f"{args.env_id} has observations {obs_space} and actions {action_space}: {remedy}.")
-
-
-def in_process(env):
-    """In a process of its own: Ctrl-C and SIGTERM of a process group are for the main process, which then ends it."""
-    os.setpgrp()
-    torch.set_flush_denormal(True)
-    return env
+            spaces = f"{args.env_id} has observations {obs_space} and actions {action_space}"
+            raise UserError(f"{spaces}: {words}.{similar(args.env_id)}")

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
+import tyro
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Types of flags with a range, which check_flags and nobody else reads
@@ -16,6 +18,15 @@ Share = Annotated[float, "(0, 1]"]
 Fraction = Annotated[float, "[0, 1]"]
 Positive = Annotated[float, "(0, inf)"]
 NonNegative = Annotated[float, "[0, inf)"]
+
+
+Json = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="JSON",
+    instance_from_str=lambda words: json.loads(words[0]),
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [json.dumps(value)],
+)
 
 
 class UserError(ValueError):
@@ -32,6 +43,8 @@ class RunArgs:
 
     env_id: str = "CartPole-v1"
     """environment; `package:Name-v0` imports the package first"""
+    env_kwargs: Annotated[dict, Json] = dataclasses.field(default_factory=dict)
+    """arguments for the environment's constructor: '{"gravity": 9.8}', in Python a dict"""
     seed: Annotated[int, "[0, 4294967295]"] = 1
     """seed of networks, actions and environments"""
     total_timesteps: Count = 500_000
@@ -54,6 +67,10 @@ class RunArgs:
     eval_episodes: Count = 20
     """episodes of the greedy evaluation at the end"""
 
+    def total_envs(self) -> int:
+        """Environments at a time, which evaluation does not exceed."""
+        return self.num_envs
+
 
 def check_ranges(args: RunArgs):
     """Raises UserError for the first flag outside its range (NaN included), its choices or its type."""
@@ -70,6 +87,8 @@ def unmet(value, hint) -> str:
         return " or ".join(words) if all(words) else ""
     if origin is Literal:
         fits, words = value in options, f"be one of {', '.join(options)}"
+    elif origin is Annotated and not isinstance(options[1], str):
+        return unmet(value, options[0])
     elif origin is Annotated:
         low, high = (float(bound) for bound in options[1][1:-1].split(","))
         fits = not unmet(value, options[0]) and (low <= value if options[1][0] == "[" else low < value)
@@ -94,7 +113,9 @@ def read_args(run_dir: str | Path) -> dict:
         return saved
     except FileNotFoundError:
         raise UserError(f"{str(run_dir)!r} is no run folder: it has no args.json.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{str(path)!r} is damaged or was not written by this project.") from None
 
 
@@ -104,4 +125,6 @@ def saved_args(run_dir: str | Path, Args: type[RunArgs], script: str) -> RunArgs
     if saved["script"] != script:
         raise UserError(f"{str(run_dir)!r} was made by {saved['script']}.py; resume it with that script.")
     names = {field.name for field in dataclasses.fields(Args)} - {"resume", "run_dir"}
-    return Args(resume=Saved(run_dir), **{name: value for name, value in saved.items() if name in names})
+    args = Args(resume=Saved(run_dir), **{name: value for name, value in saved.items() if name in names})
+    check_ranges(args)  # somebody may have edited the file
+    return args

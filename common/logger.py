@@ -16,20 +16,22 @@ class Logger:
 
     def __init__(self, run_dir: Path, total_timesteps: int, env_steps: int = 0, state: dict | None = None):
         """`state`: of the checkpoint at `env_steps`; what was logged after it is cut off, or hidden by TensorBoard."""
-        if state is not None:
-            os.truncate(run_dir / "metrics.csv", state["csv_size"])
-        self._csv = open(run_dir / "metrics.csv", "a")
+        path = run_dir / "metrics.csv"
+        if state is not None and path.exists():  # perhaps shorter than it was, if the machine lost power
+            kept = path.read_bytes()[: state["csv_size"]]
+            os.truncate(path, kept.rfind(b"\n") + 1)
+        self._csv = open(path, "a")
         if self._csv.tell() == 0:
             self._csv.write("env_steps,seconds,tag,value\n")
         self._events = SummaryWriter(str(run_dir), purge_step=None if state is None else env_steps + 1)
         state = state or {"seconds": 0.0, "returns": [], "episodes": []}
         self._returns = deque(state["returns"], maxlen=100)
         self._episodes = state["episodes"]  # return and length, since the last log
+        self.longest = state.get("longest", 0)  # episode
         self._start = time.perf_counter() - state["seconds"]
-        slow = not sys.stderr.isatty()  # in a file, a line now and then
-        self._bar = tqdm(
-            total=total_timesteps, initial=env_steps, unit=" steps", unit_scale=True, mininterval=10 if slow else 0.2
-        )
+        seconds = 0.2 if getattr(sys.stderr, "isatty", bool)() else 10  # in a file, a line now and then
+        begin = min(env_steps, total_timesteps)
+        self._bar = tqdm(total=total_timesteps, initial=begin, unit=" steps", unit_scale=True, mininterval=seconds)
 
     def seconds(self) -> float:
         """Seconds of training so far, earlier sessions of a resumed run included."""
@@ -45,6 +47,7 @@ class Logger:
         for _, episodic_return, length in episodes:
             self._returns.append(episodic_return)
             self._episodes.append((episodic_return, length))
+            self.longest = max(self.longest, int(length))
             self._csv.write(f"{env_steps},{seconds:.3f},charts/episodic_return,{episodic_return!r}\n")
             self._csv.write(f"{env_steps},{seconds:.3f},charts/episodic_length,{length:.0f}\n")
 
@@ -86,5 +89,5 @@ class Logger:
         self._events.flush()
         return {
             "csv_size": self._csv.tell(), "seconds": self.seconds(),
-            "returns": list(self._returns), "episodes": list(self._episodes),
+            "returns": list(self._returns), "episodes": list(self._episodes), "longest": self.longest,
         }  # fmt: skip

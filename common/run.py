@@ -1,23 +1,26 @@
 """What every script does that is not reinforcement learning: seeds, run folder, checkpoints, signals, results."""
 
 import dataclasses
+import errno
+import importlib.util
 import json
 import math
 import os
-import random
 import shlex
 import signal
 import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
-from common.checkpoint import load_checkpoint, restore_random, save_checkpoint
+from common.checkpoint import load_checkpoint, random_state, restore_random, save_checkpoint, seed_generators
 from common.envs import env_seed
 from common.evaluate import evaluate
 from common.flags import ROOT, NotFinite, RunArgs, Saved, UserError, check_ranges, saved_args
@@ -26,8 +29,31 @@ from common.logger import Logger
 LOG_EVERY = 500  # environment steps; with rollouts of up to 500, losses are logged at least every 1000
 
 
+def isolated(train):
+    """Decorator of train(): it gets a copy of the flags, NumPy's numbers made plain; afterwards the random generators,
+    threads, denormals and matmul precision are the caller's again."""
+
+    @wraps(train)
+    def wrapped(args: RunArgs) -> dict:
+        plain = {name: value.item() for name, value in vars(args).items() if isinstance(value, np.generic)}
+        generators, threads, precision = random_state(), torch.get_num_threads(), torch.get_float32_matmul_precision()
+        flushes_denormals = bool(torch.tensor(1e-30) * 1e-10 == 0)
+        try:
+            return train(dataclasses.replace(args, **plain))
+        finally:
+            restore_random(generators)
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
+            torch.set_flush_denormal(flushes_denormals)
+
+    return wrapped
+
+
 def run_cli(train, Args):
     """Command line of a script: parse, train; what the user can mend ends in one sentence, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # γ on a terminal without UTF-8
     module = sys.modules[train.__module__]
     folder = None
     for word, following in zip(sys.argv, [*sys.argv[1:], None]):
@@ -60,8 +86,10 @@ class Run:
     def __init__(self, args: RunArgs, script: str):
         self.args, self.script = args, Path(script)
         self.env_steps = self.updates = self._next_log = 0
-        self._saved = self._stop_signal = None
+        self._saved, self._stop_signal, self._warned = None, None, False
         check_ranges(args)
+        if args.run_dir is not None and not str(args.run_dir):
+            raise UserError("--run-dir must not be empty.")
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu.")
         self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -84,9 +112,7 @@ class Run:
         elif self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
             raise UserError(f"--run-dir {str(self.dir)!r} is already in use; name another, or go on with --resume.")
         torch.set_num_threads(args.num_threads)
-        random.seed(args.seed)
-        np.random.seed(args.seed)
-        torch.manual_seed(args.seed)
+        seed_generators(args.seed)
 
     @contextmanager
     def open(self, **parts):
@@ -96,14 +122,14 @@ class Run:
             stack.push(lambda kind, *_: parts["envs"].close(terminate=kind not in (None, SystemExit)))
             try:
                 self.dir.mkdir(parents=True, exist_ok=True)
+                stack.callback(*lock(self.dir))
+                if saved is not None:
+                    self._restore(saved)
+                (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
+                write_json(self.dir / "args.json", {"script": self.script.stem} | vars(args) | {"resume": None})
+                self.logger = Logger(self.dir, args.total_timesteps, self.env_steps, saved and saved["logger"])
             except OSError as error:
-                raise UserError(f"--run-dir {str(self.dir)!r} cannot be made: {error.strerror}.") from None
-            stack.callback(os.close, lock(self.dir))
-            if saved is not None:
-                self._restore(saved)
-            (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
-            write_json(self.dir / "args.json", {"script": self.script.stem} | vars(args) | {"resume": None})
-            self.logger = Logger(self.dir, args.total_timesteps, self.env_steps, saved and saved["logger"])
+                raise UserError(f"The run folder {str(self.dir)!r} cannot be used: {error.strerror}.") from None
             stack.callback(self.logger.close)
             # Resets that come before an episode's end would keep it from ever being seen
             self._every = args.checkpoint_every or max(args.total_timesteps // 10, 2_000 * (args.num_envs or 1))
@@ -116,6 +142,10 @@ class Run:
                     stack.callback(signal.signal, number, signal.signal(number, self._request_stop))
             try:
                 yield
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise UserError(f"{error.strerror}: make room, then go on with --resume {str(self.dir)!r}.") from None
             except NotFinite as error:
                 raise UserError(
                     f"{error} is not finite at environment step {self.env_steps:,}; "
@@ -140,6 +170,14 @@ class Run:
         for name, part in self._parts.items():
             if isinstance(part, torch.nn.Module) and not all(p.isfinite().all() for p in states[name].values()):
                 raise NotFinite(f"{name}'s weights")
+        resets = hasattr(self._parts["envs"], "reset")  # worker processes go on
+        if resets and self.env_steps > 0 and self.logger.longest == 0 and not self._warned:
+            self._warned = True
+            tqdm.write(
+                f"No episode has ended in {self.env_steps:,} environment steps. A checkpoint resets all environments; "
+                "where episodes are longer than that, use a larger --checkpoint-every.",
+                file=sys.stderr,
+            )
         counters = {"env_steps": self.env_steps, "updates": self.updates, "next_log": self._next_log}
         content = {"script": self.script.stem, **counters, "logger": self.logger.state_dict(), "parts": states}
         save_checkpoint(self.dir, content)
@@ -193,11 +231,14 @@ class Run:
         self.save()
         self.logger.progress(self.env_steps)
         self.logger.close()
-        env_state = self._parts["envs"].state_dict()
-        returns, _ = evaluate(
-            self._parts["agent"], args, env_state, args.eval_episodes, args.seed,
-            on_step=lambda *_: self._stop() if self._stop_signal is not None else None,
-        )  # fmt: skip
+        env_state, returns, failure = self._parts["envs"].state_dict(), [math.nan], None
+        try:
+            self._parts["envs"].close()  # a simulator may be there once only
+            stop = lambda *_: self._stop() if self._stop_signal is not None else None  # noqa: E731
+            max_steps = max(30_000, 10 * self.logger.longest)
+            returns, _ = evaluate(self._parts["agent"], args, env_state, args.eval_episodes, 0, max_steps, stop)
+        except Exception as error:  # whatever it is, the training's result stays
+            failure = error
         results = {
             "script": self.script.stem,
             "env_id": args.env_id,
@@ -208,18 +249,24 @@ class Run:
             "sps": self.env_steps / seconds,
             "eval_return_mean": float(np.mean(returns)),
             "eval_return_std": float(np.std(returns)),
-            "eval_episodes": len(returns),
+            "eval_episodes": 0 if failure else len(returns),
             "train_return_mean": self.logger.recent_return(),
         } | extra
         results = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}
         write_json(self.dir / "results.json", results)
+        if failure is not None:
+            reason = " ".join(f"{type(failure).__name__}: {failure}".split())
+            raise UserError(
+                f"The training is done and {str(self.dir)!r} holds it, but not its evaluation. {reason}"
+            ) from failure
         folder = shlex.quote(str(self.dir))
+        video = " --video" if importlib.util.find_spec("imageio_ffmpeg") else ""
         print(
             f"greedy return {np.mean(returns):.1f} ± {np.std(returns):.1f} "
             f"over {len(returns)} episodes of {args.env_id}\n"
             f"after {self.env_steps:,} environment steps in {seconds / 60:.1f} minutes "
             f"({results['sps']:,.0f} steps/s), run folder {self.dir}\n"
-            f"  see it play    python {shlex.quote(os.path.relpath(ROOT / 'evaluate.py'))} {folder} --video\n"
+            f"  see it play    python {shlex.quote(os.path.relpath(ROOT / 'evaluate.py'))} {folder}{video}\n"
             f"  see it learn   tensorboard --logdir {folder}"
         )
         return results
@@ -241,20 +288,24 @@ def layout(state: dict):
     return sorted(state)
 
 
-def lock(folder: Path) -> int:
-    """Refuses a folder in which another process trains. The kernel drops the lock when that process dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def lock(folder: Path) -> tuple:
+    """Refuses a folder in which another process trains, where the system can tell; returns the call that unlocks it."""
     try:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dropped by the kernel when the process dies
     except BlockingIOError:
+        os.close(descriptor)
         raise UserError(f"{str(folder)!r} is in use by another process.") from None
-    return descriptor
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        return (int,)
+    return os.close, descriptor
 
 
 def write_json(path: Path, content: dict):
     """Atomic: a killed run leaves the old file or the new one."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2, allow_nan=False, default=str)  # a Path
+    temporary.write_text(text + "\n")
     temporary.replace(path)

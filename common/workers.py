@@ -13,8 +13,10 @@ import signal
 import sys
 import time
 import traceback
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 
+import cloudpickle
+import gymnasium as gym
 import numpy as np
 import torch
 import torch.multiprocessing as mp
@@ -68,9 +70,9 @@ class Mailbox:
 
 
 class Snapshot:
-    """A module's parameters, published by one process and copied by others, who never see half of an update.
+    """A module's parameters, published by one process and copied by others, which never see half of an update.
 
-    `_number` is odd while they are written; who finds it odd or changed reads again.
+    `_number` is odd while they are written; a reader that finds it odd or changed reads again.
     """
 
     def __init__(self, module: torch.nn.Module):
@@ -133,15 +135,19 @@ class Worker:
         self._mailbox.put(**record)
         self.beat()
 
-    def run(self, target, args: tuple):
+    def run(self, target, args: tuple, specs: bytes):
         """The process: until it is told to end, or `target` fails."""
-        self._parent = os.getppid()  # the fork server, which ends with the main process
+        self._parent = (
+            os.getppid()
+        )  # the fork server, which lives as long as somebody holds this file: the main process
+        os.close(forkserver._forkserver._forkserver_alive_fd)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a stopped one outlives its parent
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         torch.set_num_threads(1)
         try:
+            gym.registry.update(cloudpickle.loads(specs))
             target(self, *args)
         except SystemExit:
             pass
@@ -167,6 +173,7 @@ class Workers:
         self._beats, self._errors = shared((num,), np.float64), shared((num, 8192), np.uint8)
         self._processes, self._generations = [None] * num, [0] * num
         self._heard, self._silence = [0.0] * num, [0.0] * num  # last beat of a worker, seconds since
+        self._warned = False
         self._failures = 0  # workers that died since a record came in
         self._last_watch = time.monotonic()
         self._turn = self.replaced = 0
@@ -176,6 +183,8 @@ class Workers:
     def start(self, *args):
         """`args` go to the target behind its Worker; tensors among them should be shared."""
         self._args = args
+        # Environments that the calling program has registered with their classes; a worker imports only modules
+        self._specs = cloudpickle.dumps({k: v for k, v in gym.registry.items() if not isinstance(v.entry_point, str)})
         for index in range(len(self._processes)):
             self._start(index)
 
@@ -183,7 +192,7 @@ class Workers:
         self._beats[index] = self._errors[index] = 0
         self._heard[index] = self._silence[index] = 0.0
         worker = Worker(index, self._generations[index], self._mailboxes[index], self._beats, self._errors)
-        process = mp.get_context("forkserver").Process(target=worker.run, args=(self._target, self._args), daemon=True)
+        process = mp.get_context("forkserver").Process(target=worker.run, args=(self._target, self._args, self._specs))
         resource_tracker.ensure_running()  # it would lift the mask
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the fork server and its workers
         try:
@@ -198,7 +207,7 @@ class Workers:
         return [process.pid for process in self._processes]
 
     def receive(self, seconds: float = 0.1) -> dict[str, np.ndarray] | None:
-        """A record of whichever worker has one, each in its turn; None if there is none for so long."""
+        """A record of a worker that has one, each in its turn; None if there is none for so long."""
         end = time.monotonic() + seconds
         while True:
             self.watch()
@@ -232,6 +241,13 @@ class Workers:
                 self._replace(index, self._cause(index, process.exitcode))
             elif self._silence[index] > allowed:
                 self._replace(index, f"gave no sign of life for {allowed:g} seconds")
+            elif self._silence[index] > allowed / 2 and not self._warned:
+                self._warned = True
+                tqdm.write(
+                    f"worker {index} has taken {allowed / 2:g} seconds for a step and is replaced after {allowed:g}: "
+                    "where steps take so long, give a larger --worker-timeout",
+                    file=sys.stderr,
+                )
 
     def _cause(self, index: int, exitcode: int) -> str:
         text = bytes(self._errors[index].numpy()).rstrip(b"\0").decode(errors="replace")
@@ -240,7 +256,7 @@ class Workers:
         killed = f"was killed by signal {-exitcode}" if exitcode < 0 else f"exited with {exitcode}"
         if exitcode == -signal.SIGKILL:
             killed += ", SIGKILL (out of memory?)"
-        if not self._beats[index]:
+        elif exitcode > 0 and not self._beats[index]:
             killed += ' before it began (if your own program calls train(): behind `if __name__ == "__main__":`?)'
         return killed
 

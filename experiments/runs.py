@@ -1,6 +1,8 @@
 """Runs of the scripts in processes of their own, for the experiments."""
 
+import ast
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -27,10 +29,14 @@ def run(
 ) -> dict:
     """results.json of one run, and where its last `episodes` training episodes first had a mean return of `threshold`.
 
-    A run folder that already holds results is read, not run again.
+    A run folder that already holds the results of the same flags and code is read, not run again.
     """
+    made, wanted = run_dir / "made.json", {"flags": flags, "seed": seed, "code": code_version(ROOT / script)}
     if not (run_dir / "results.json").exists():
         call(script, "--run-dir", run_dir, "--seed", seed, *flags.split())
+        made.write_text(json.dumps(wanted))
+    elif not made.exists() or json.loads(made.read_text()) != wanted:
+        raise SystemExit(f"{run_dir} was made with other flags or other code; remove it, or name another folder.")
     results, last = json.loads((run_dir / "results.json").read_text()), deque(maxlen=episodes)
     results |= {"solved_steps": None, "solved_seconds": None}
     for env_steps, seconds, episodic_return in training_episodes(run_dir):
@@ -38,6 +44,22 @@ def run(
         if len(last) == episodes and mean(last) >= threshold:
             return results | {"solved_steps": env_steps, "solved_seconds": seconds}
     return results
+
+
+def code_version(script: Path) -> str:
+    """Hash of the syntax trees of a script and of common/, without comments and docstrings."""
+    digest = hashlib.sha256()
+    for path in [script, *sorted((ROOT / "common").glob("*.py"))]:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                node.value.value = ""
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()
 
 
 def training_episodes(run_dir: Path) -> list[tuple[int, float, float]]:

@@ -147,7 +147,7 @@ def test_value_is_the_mean_of_the_returns_unless_gradients_are_clipped(clipped):
     """Every tenth transition is rewarded, with 10. Clipping all updates to one length makes V like a median."""
     torch.manual_seed(1)
     agent, zeros = a2c_sync.ActorCritic((1,), 2, True, False), torch.zeros(1, 1)
-    args = Args(max_grad_norm=0.5 if clipped else math.inf, critic_lr=3e-3)
+    args = Args(max_grad_norm=0.5 if clipped else None, critic_lr=3e-3)
     optimizer = make_optimizer(agent, args)
     for k in range(1_500):
         a2c_sync.decay_learning_rates(optimizer, k / 1_500)

@@ -1,5 +1,6 @@
 """Environments, statistics of episodes, and the greedy evaluation of a run."""
 
+import math
 import os
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from helpers import checkpoint, metrics, same
 from a2c_sync import Args, train
 from common.envs import env_seed, make_envs
 from common.evaluate import evaluate
-from common.flags import UserError
 from evaluate import load_agent
 
 NORMALIZED = {"env_id": "Pendulum-v1", "normalize_obs": True, "total_timesteps": 2_000, "num_envs": 4}
@@ -123,20 +123,14 @@ def test_what_evaluation_builds(workdir, monkeypatch):
     (envs, evaluation), state = built[-1], checkpoint("run")["parts"]["envs"]
     assert evaluation and same(envs.state_dict(), state)
     training = [env_seed(1, steps) for steps in range(0, 10_000, 10)]
-    assert len(set(training)) == len(training) and len(seeds) == 1 and seeds[0] not in training
+    assert len(set(training)) == len(training) and len(seeds) == 1 and not set(seeds[0]) & set(training)
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_without_end_is_given_up(workdir, monkeypatch):
-    monkeypatch.setattr("common.evaluate.MAX_EPISODE_STEPS", 8)  # episodes of Constant-v0 have 10 steps
-    with pytest.raises(UserError, match="max_episode_steps"):
-        train(Args(run_dir="run", env_id="toy_envs:Constant-v0", total_timesteps=50, num_envs=2))
-
-
 def test_evaluation_counts_a_fixed_number_of_episodes_of_every_environment(workdir):
-    """16 environments, 40 episodes: those that ended first must not be short ones. Lengths 1 to 5: 3 on average."""
+    """Those that end first must not be short ones. Lengths 1 to 5: 3 on average."""
     train(Args(run_dir="run", env_id="toy_envs:Counting-v0", total_timesteps=50, eval_episodes=1))
     agent, args, env_state, _ = load_agent("run")
     returns, lengths = evaluate(agent, args, env_state, 3_000, seed=1)
@@ -146,43 +140,42 @@ def test_evaluation_counts_a_fixed_number_of_episodes_of_every_environment(workd
 
 
 @pytest.mark.parametrize("episodes", [1, 5, 40])
-def test_every_environment_plays_its_share_of_the_episodes(workdir, monkeypatch, episodes):
-    """The first ones it ends, as many as its neighbours or one more."""
+def test_every_round_counts_the_first_episode_of_each_environment(workdir, monkeypatch, episodes):
+    """In the order of the episodes' seeds; an environment that has ended is stepped on, but plays for nothing."""
     import common.evaluate as module
 
-    ended, built = [], []
+    rounds, built = [], []
 
     def spy(*args, **options):
         envs = make_envs(*args, **options)
-        step = envs.step
+        step, reset = envs.step, envs.reset
+
+        def begin(seed):
+            rounds.append({})
+            return reset(seed=seed)
 
         def remember(actions):
-            *rest, episodes = step(actions)
-            ended.extend(episodes)
-            return *rest, episodes
+            *rest, ended = step(actions)
+            for i, episodic_return, length in ended:
+                rounds[-1].setdefault(i, (episodic_return, length))
+            return *rest, ended
 
-        envs.step = remember
+        envs.step, envs.reset = remember, begin
         built.append(envs)
         return envs
 
     train(Args(run_dir="run", env_id="toy_envs:Counting-v0", total_timesteps=50, eval_episodes=1))
     agent, args, env_state, _ = load_agent("run")
     monkeypatch.setattr(module, "make_envs", spy)
-    returns, lengths = evaluate(agent, args, env_state, episodes, seed=1)
+    returns, lengths = evaluate(agent, args, env_state, episodes)
     num_envs = built[0].num_envs
-    assert num_envs == min(episodes, 16)
-    shares = [len(range(i, episodes, num_envs)) for i in range(num_envs)]
-    assert sum(shares) == episodes and max(shares) - min(shares) <= 1
-    expected = []
-    for i, episodic_return, length in ended:
-        shares[i] -= 1
-        if shares[i] >= 0:
-            expected.append((episodic_return, length))
-    assert list(zip(returns, lengths)) == expected and max(shares) <= 0
+    assert num_envs == min(episodes, 16) and len(rounds) == math.ceil(episodes / num_envs)
+    expected = [rounds[k // num_envs][k % num_envs] for k in range(episodes)]
+    assert list(zip(returns, lengths)) == expected
 
 
 def test_evaluate_command(workdir):
-    """From any folder, with any path; its seed is the run's unless another is given."""
+    """From any folder, with any path; the episodes of the evaluation after training unless a seed is given."""
     flags = {"env_id": "Pendulum-v1", "total_timesteps": 100, "num_envs": 2, "eval_episodes": 3}
     end = train(Args(run_dir="a run", **flags))
     sentence = (
@@ -190,7 +183,7 @@ def test_evaluate_command(workdir):
     )
     before = {path: path.read_bytes() for path in Path("a run").iterdir()}
     script = ROOT / "evaluate.py"
-    for cwd, words in ((workdir, ["a run"]), (ROOT, [workdir / "a run"]), (ROOT, [workdir / "a run", "--seed", "1"])):
+    for cwd, words in ((workdir, ["a run"]), (ROOT, [workdir / "a run"]), (ROOT, [workdir / "a run", "--seed", "0"])):
         status, out, err = finish(start(script, *words, "--episodes", "3", cwd=cwd))
         assert status == 0 and sentence in out and f"trained for {end['env_steps']} environment steps" in out, err
     status, out, err = finish(start(script, "a run", "--episodes", "3", "--seed", "2", cwd=workdir))

@@ -52,12 +52,12 @@ def until_next_second():
 
 # --- Bit-identical ----------------------------------------------------------------------------------------------------
 
-RESUMED = {"num_envs": 4, "total_timesteps": 12_000, "checkpoint_every": 600, "eval_episodes": 3, "num_threads": 1}
-SLOWER = {"num_envs": 2, "total_timesteps": 800, "checkpoint_every": 80, "learning_starts": 60, "batch_size": 16}
+RESUMED = {"num_envs": 4, "total_timesteps": 6_000, "checkpoint_every": 300, "eval_episodes": 3, "num_threads": 1}
+SLOWER = {"num_envs": 2, "total_timesteps": 600, "checkpoint_every": 60, "learning_starts": 50, "batch_size": 16}
 KILLED = {
     "default": (a2c_sync, {}),
     "continuous": (a2c_sync, {"env_id": "Pendulum-v1", "network": "shared", "normalize_obs": True}),
-    "replay": (off_policy_ac, SLOWER | {"env_id": "Pendulum-v1", "buffer_size": 300}),  # which wraps around
+    "replay": (off_policy_ac, SLOWER | {"env_id": "Pendulum-v1", "buffer_size": 250}),  # which wraps around
     "sac": (sac, SLOWER),
 }
 
@@ -83,7 +83,9 @@ def test_killed_and_resumed_is_bit_identical(workdir, script, flags):
                 or (os.path.exists("killed/checkpoint.pt") and checkpoint("killed")["env_steps"] > before)
             )
         )
-        time.sleep(delays.uniform(0, 0.2))
+        reached = checkpoint("killed")
+        between = flags["checkpoint_every"] * reached["logger"]["seconds"] / max(reached["env_steps"], 1)  # two of them
+        time.sleep(delays.uniform(0, 1.5) * between if reached["env_steps"] > 0 else delays.uniform(0, 0.1))
         process.kill()
         killed += process.wait() == -signal.SIGKILL
     # The last one as a user starts it, each script once: with another order of Python's sets, for example
@@ -286,19 +288,6 @@ def test_an_interrupted_run_may_end_earlier_than_planned(workdir):
 
 
 # --- Refused folders --------------------------------------------------------------------------------------------------
-
-
-def test_a_failed_write_leaves_the_last_checkpoint(workdir, monkeypatch):
-    save_checkpoint(Path("."), {"script": "x", "env_steps": 1})
-
-    def half(content, file):
-        file.write(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(checkpoint_module.torch, "save", half)
-    with pytest.raises(OSError):
-        save_checkpoint(Path("."), {"script": "x", "env_steps": 2})
-    assert load_checkpoint(".", "x")["env_steps"] == 1
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last(workdir, monkeypatch):

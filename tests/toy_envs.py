@@ -65,6 +65,194 @@ class OneStep(Constant):
         return self._obs(), 1.0, True, False, {}
 
 
+class Reusing(gym.vector.VectorEnv):
+    """A native vector environment that returns the same arrays at every step. Observation: episode, step."""
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+
+    def __init__(self, num_envs=1, box=False, max_episode_steps=None):
+        self.num_envs, self.single_observation_space = num_envs, Box(-1.0, np.inf, (2,), np.float32)
+        self.single_action_space = Box(-1.0, 1.0, (1,), np.float32) if box else Discrete(2)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.obs, self.rewards = np.zeros((num_envs, 2), np.float32), np.zeros(num_envs, np.float32)
+        self.terminated, self.truncated = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
+
+    def reset(self, *, seed=None, options=None):
+        self.obs[:, 0] += 1
+        self.obs[:, 1] = 0
+        self.terminated[:] = self.truncated[:] = False
+        return self.obs, {}
+
+    def step(self, actions):
+        over = self.terminated | self.truncated
+        self.obs[:, 1] = np.where(over, 0, self.obs[:, 1] + 1)
+        self.obs[:, 0] += over
+        self.rewards[:] = self.obs[:, 1]
+        self.terminated[:] = ~over & (self.obs[:, 1] >= 3 + np.arange(self.num_envs))
+        return self.obs, self.rewards, self.terminated, self.truncated, {}
+
+
+class Chatty(Constant):
+    """Infos that differ between environments and steps in keys, shapes and types."""
+
+    count = 0
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0], self._info()
+
+    def step(self, action):
+        return *super().step(action)[:4], self._info()
+
+    def _info(self):
+        type(self).count += 1
+        k = type(self).count
+        several = [
+            np.zeros(k % 5),
+            [1] * (k % 3),
+            "text",
+            None,
+            {"a": object()},
+            [[1], [2, 3]],
+            np.zeros((k % 2 + 1, 2)),
+        ]
+        return {"same": several[k % 7], f"key {k % 4}": several[(k + 3) % 7], "episode": k}
+
+
+class Dice(Constant):
+    """Shows numbers from the global generators."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = Box(0.0, 1.0, (3,), np.float32)
+
+    def _obs(self):
+        import random
+
+        import torch
+
+        return np.array([random.random(), np.random.rand(), torch.rand(1).item()], np.float32)
+
+
+class Single(Constant):
+    """A simulator of which there may be `allowed` at a time; remembers the most there have been, and all seeds."""
+
+    allowed, alive, most, seeds = 10**9, 0, 0, []
+
+    def __init__(self):
+        super().__init__()
+        Single.alive += 1
+        Single.most = max(Single.most, Single.alive)
+        if Single.alive > Single.allowed:
+            raise RuntimeError(f"there are {Single.alive} of them")
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            Single.seeds.append(seed)
+        return super().reset(seed=seed)
+
+    def close(self):
+        Single.alive -= 1
+
+
+class Endless(Constant):
+    """Long episodes."""
+
+    def __init__(self, length=3_000):
+        super().__init__(length=length)
+
+
+class Needy(Constant):
+    """Its constructor needs an argument."""
+
+    def __init__(self, size):
+        super().__init__(length=size)
+
+
+class Unbuildable(Constant):
+    def __init__(self):
+        raise OSError("no licence server at port 7")
+
+
+class Family(Constant):
+    """Starts a process of its own."""
+
+    def __init__(self):
+        super().__init__()
+        import multiprocessing
+
+        self.process = multiprocessing.get_context("spawn").Process(target=print, args=("",))
+        self.process.start()
+
+    def close(self):
+        self.process.join()
+
+
+class NanAction(Constant):
+    """Asserts that no action is NaN."""
+
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+
+    def step(self, action):
+        assert np.isfinite(action).all(), "a NaN reached the environment"
+        return super().step(action)
+
+
+class NanReset(Constant):
+    """Observations that are infinite after the third reset."""
+
+    resets = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.resets += 1
+        obs, infos = super().reset(seed=seed)
+        return obs * np.float32(np.inf if self.resets > 3 else 1), infos
+
+
+class Huge(Constant):
+    """float64 observations that are infinite as float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = Box(-np.inf, np.inf, (1,), np.float64)
+
+    def _obs(self):
+        return np.array([1e300 if self.t > 5 else 1.0])
+
+
+class Picky(gym.Env):
+    """A float64 Box with uneven bounds, another for each dimension; asserts its own space and shows the last action."""
+
+    action_space = Box(np.array([-0.1, 2.0]), np.array([0.3, 7.0]), dtype=np.float64)
+    observation_space = Box(-10.0, 10.0, (2,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(2), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.t += 1
+        return np.array(action), 0.0, False, self.t == 10, {}
+
+
+class Frames(Constant):
+    """Renders what `kind` says."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, kind="good", render_mode=None):
+        super().__init__()
+        self.kind, self.render_mode = kind, render_mode
+
+    def render(self):
+        if self.kind == "raises":
+            raise RuntimeError("no display")
+        shape = {"none": None, "grey": (32, 48), "sizes": (32 + 2 * self.t, 48, 3)}.get(self.kind, (32, 48, 3))
+        return None if shape is None else np.full(shape, 20 * self.t, np.uint8)
+
+
 class Halving(Constant):
     """Ends when a number that is halved at every step has become 0."""
 
@@ -266,6 +454,8 @@ UNSUPPORTED = {
     "ChannelsLast": with_spaces(Box(0, 255, (84, 84, 3), np.uint8)),
     "FloatImage": with_spaces(Box(0.0, 1.0, (3, 84, 84), np.float32)),
     "MultiDiscreteActions": with_spaces(VECTOR, MultiDiscrete([2, 2])),
+    "GreyImage": with_spaces(Box(0, 255, (84, 84), np.uint8)),
+    "StackedImages": with_spaces(Box(0, 255, (4, 84, 84, 3), np.uint8)),
     "UnboundedActions": with_spaces(VECTOR, Box(-np.inf, np.inf, (2,), np.float32)),
 }
 
@@ -291,9 +481,24 @@ CLASSES = (
     OneStep,
     Talkative,
     Drawing,
+    Chatty,
+    Dice,
+    Single,
+    Endless,
+    Needy,
+    Unbuildable,
+    Family,
+    NanAction,
+    NanReset,
+    Huge,
+    Picky,
+    Frames,
 )
 for cls in CLASSES:
     gym.register(f"{cls.__name__}-v0", cls)
+for name, box in (("Reusing", False), ("ReusingBox", True)):
+    gym.register(f"{name}-v0", vector_entry_point=Reusing, kwargs={"box": box})
+gym.register("SixFrames-v0", with_spaces(Box(0, 255, (18, 84, 84), np.uint8)))
 gym.register("Terminating-v0", Constant, kwargs={"terminates": True})
 gym.register("TerminatingBox-v0", ConstantBox, kwargs={"terminates": True})
 for name, cls in UNSUPPORTED.items():

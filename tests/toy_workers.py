@@ -28,6 +28,10 @@ def fail(worker):
     raise ValueError(f"broken in generation {worker.generation}")
 
 
+def fail_at_length(worker):
+    raise ValueError("ü" * 10_000 + "the end")
+
+
 def send_and_fail(worker):
     worker.send(number=[worker.index, worker.generation, 0])
     raise ValueError("broken")

@@ -67,6 +67,7 @@ def serve(control):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 os.dup2(out, 1)
                 os.dup2(err, 2)
+                sys.stdout, sys.stderr = (open(file, "w", closefd=False, buffering=1) for file in (1, 2))
                 if request.pop("new_session"):
                     os.setsid()
                 os.write(status, NUMBER.pack(os.getpid()))  # from here on it may be sent signals
@@ -96,7 +97,7 @@ def become(words, cwd, environment):
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-    for name in (*SCRIPTS, "torch.utils.tensorboard"):
+    for name in (*SCRIPTS, "torch._dynamo"):  # which the first optimizer of a process imports, in a second
         importlib.import_module(name)
     for name in SCRIPTS:  # only what they import is to stay
         del sys.modules[name]
