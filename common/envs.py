@@ -173,11 +173,13 @@ class Envs(VectorWrapper):
 
     def state_dict(self) -> dict:
         """Mean, variance and count of --normalize-obs, if they are kept."""
-        return {k: torch.as_tensor(v) for k, v in vars(self.env.obs_rms).items()} if self._normalizes else {}
+        return (
+            {k: torch.as_tensor(np.asarray(v)) for k, v in vars(self.env.obs_rms).items()} if self._normalizes else {}
+        )
 
     def load_state_dict(self, state: dict):
-        if self._normalizes:
-            vars(self.env.obs_rms).update({name: value.numpy().copy() for name, value in state.items()})
+        if self._normalizes:  # the count as Python's number, or NumPy would compute the rest in its precision
+            vars(self.env.obs_rms).update({k: v.numpy().copy() if v.dim() else v.item() for k, v in state.items()})
 
 
 def check_finite(name: str, values: np.ndarray):
