@@ -37,7 +37,7 @@ import torch
 import torch.nn as nn
 
 from common.checkpoint import seed_generators
-from common.envs import env_seed, make_envs
+from common.envs import env_seed, find_spec, make_envs
 from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, UserError
 from common.optim import RMSpropA3C
 from common.run import Run, isolated, run_cli
@@ -106,7 +106,7 @@ def check_flags(args: Args):
     if args.num_envs not in (None, args.num_workers * envs_of_worker(args)):
         raise UserError(
             f"--num-envs {args.num_envs} is not --num-workers {args.num_workers} times the environments of a worker; "
-            "give --envs-per-worker and --num-envs None."
+            "give --envs-per-worker instead (and --num-envs None where a resumed run has one)."
         )
 
 
@@ -506,7 +506,8 @@ def train(args: Args) -> dict:
     optimizer = make_optimizer(agent, args)
     snapshot, lags = Snapshot(agent), Lags()
     worker_steps, worker_updates = (shared((args.num_workers,), np.int64) for _ in range(2))
-    workers = Workers(hogwild_worker if hogwild else pooled_worker, args.num_workers, fields, args.worker_timeout)
+    worker, spec = hogwild_worker if hogwild else pooled_worker, find_spec(args.env_id)
+    workers = Workers(worker, args.num_workers, fields, args.worker_timeout, spec)
 
     with run.open(agent=agent, envs=workers, optimizer=optimizer, lags=lags):
         for state in optimizer.state.values():

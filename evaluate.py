@@ -25,8 +25,8 @@ class Options:
     """write the first episode to RUN_DIR/video.mp4"""
     seed: Annotated[int, "[0, 4294967295]"] = 0
     """seed of the environments; 0 gives the episodes of the evaluation after training"""
-    max_steps: Count = 30_000
-    """steps after which an episode is given up"""
+    max_steps: Count | None = None
+    """steps after which an episode is given up; by default 30,000, or ten times the longest in training"""
 
 
 def load_args(run_dir: str | Path) -> RunArgs:
@@ -58,13 +58,13 @@ def frame(envs, obs: np.ndarray) -> np.ndarray:
     return np.repeat(obs[0, -1].repeat(4, 0).repeat(4, 1)[..., None], 3, axis=-1)
 
 
-def write_video(agent, args: RunArgs, env_state: dict, run_dir: Path, seed: int = 0):
+def write_video(agent, args: RunArgs, env_state: dict, run_dir: Path, seed: int = 0, max_steps: int = 30_000):
     """The first episode, as RUN_DIR/video.mp4; frames go to the file as they come. Raises UserError if that fails."""
     try:
         import imageio_ffmpeg
     except ImportError:
         raise UserError('--video needs an extra: pip install -e ".[video]"') from None
-    path, shapes, writer = run_dir / "video.mp4", [], None
+    path, temporary, shapes, writer = run_dir / "video.mp4", run_dir / "video.tmp.mp4", [], None
 
     def write(envs, obs):
         nonlocal writer
@@ -74,17 +74,20 @@ def write_video(agent, args: RunArgs, env_state: dict, run_dir: Path, seed: int 
             raise ValueError(f"frames must be (height, width, 3), of one size, not {shapes[0]} and {picture.shape}")
         if writer is None:
             height, width, _ = picture.shape
-            writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=30, macro_block_size=2)
+            writer = imageio_ffmpeg.write_frames(str(temporary), (width, height), fps=30, macro_block_size=2)
             writer.send(None)
         writer.send(picture)
 
     try:
-        evaluate(agent, args, env_state, 1, seed, on_step=write, render=True)
+        evaluate(agent, args, env_state, 1, seed, max_steps, write, render=True)
+        writer.close()
+        temporary.replace(path)
     except Exception as error:
         raise UserError(f"No video of {args.env_id}: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
     finally:
         if writer is not None:
             writer.close()
+        temporary.unlink(missing_ok=True)
     print(f"video of one episode, {len(shapes)} frames: {path}")
 
 
@@ -94,14 +97,18 @@ def main():
     try:
         check_ranges(options)
         agent, args, env_state, env_steps = load_agent(options.run_dir)
+        longest = load_checkpoint(options.run_dir, type(args).__module__)["logger"]["longest"]
+        max_steps = options.max_steps or max(30_000, 10 * longest)
         if options.video:
             try:
-                write_video(agent, args, env_state, Path(options.run_dir), options.seed)
+                write_video(agent, args, env_state, Path(options.run_dir), options.seed, max_steps)
             except UserError as error:
                 failure = f"error: {error}"  # the numbers are printed all the same
-        returns, lengths = evaluate(agent, args, env_state, options.episodes, options.seed, options.max_steps)
+        returns, lengths = evaluate(agent, args, env_state, options.episodes, options.seed, max_steps)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     print(
         f"greedy return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes of {args.env_id} "
         f"(mean length {np.mean(lengths):.0f}), trained for {env_steps:,} environment steps"

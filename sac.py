@@ -91,7 +91,10 @@ def check_flags(args: Args):
     if args.buffer_size < max(args.num_envs, args.batch_size):
         raise UserError("--buffer-size must be at least --num-envs and --batch-size.")
     if args.learning_starts >= args.total_timesteps:
-        raise UserError("--learning-starts must be below --total-timesteps: nothing would be learned.")
+        raise UserError(
+            f"--learning-starts {args.learning_starts} must be below --total-timesteps {args.total_timesteps}: "
+            "nothing would be learned."
+        )
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------

@@ -24,16 +24,17 @@ def save_checkpoint(run_dir: Path, content: dict):
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's, in the middle of a full disk
-        temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or "the disk may be full"
         raise UserError(f"{str(path)!r} cannot be written ({reason}); the last checkpoint stays.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(run_dir: str | Path, script: str) -> dict:
     """Reads run_dir/checkpoint.pt with `weights_only`; raises UserError if it is missing, damaged or foreign."""
     path = Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
-        raise UserError(f"{str(run_dir)!r} holds no checkpoint.pt.")
+        raise UserError(f"{str(run_dir)!r} holds no checkpoint.pt: remove it if the run ended before its first one.")
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # every member has a checksum, at which torch does not look
             raise ValueError

@@ -149,7 +149,11 @@ class Envs(VectorWrapper):
             actions = actions.astype(self._bounds[0].dtype).clip(*self._bounds)
         elif self._start or self._action_dtype != actions.dtype:
             actions = (actions + self._start).astype(self._action_dtype)
-        obs, rewards, terminated, truncated = map(np.array, self.env.step(actions)[:4])
+        try:
+            obs, rewards, terminated, truncated = map(np.array, self.env.step(actions)[:4])
+        except (EOFError, ConnectionError):  # of a pipe to a process
+            codes = [process.exitcode for process in getattr(self.unwrapped, "processes", [])]
+            raise UserError(f"A process of an environment has died; exit codes {codes} (-9: out of memory?).") from None
         obs = obs.astype(self.obs_spec[1], copy=False)
         check_finite("observation", obs)
         check_finite("reward", rewards)

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from common.checkpoint import random_state, restore_random, seed_generators
 from common.envs import env_seed, make_envs
 from common.flags import UserError
 
@@ -19,13 +20,14 @@ def evaluate(
     """
     device = next(agent.parameters()).device
     num_envs = 1 if render else min(episodes, args.total_envs())
-    returns, lengths = np.zeros(episodes), np.zeros(episodes, int)
+    returns, lengths, generators = np.zeros(episodes), np.zeros(episodes, int), random_state()
     envs = make_envs(args, num_envs, evaluation=True, render=render)
     try:
         envs.load_state_dict(env_state)
         for first in range(0, episodes, num_envs):
             # Resets in training have seeds made of (seed, environment steps)
             seeds = [env_seed(seed, 2**62, i) for i in range(first, first + num_envs)]
+            seed_generators(seeds[0])  # an environment may draw from the global ones
             obs, _ = envs.reset(seed=seeds)
             playing = set(range(min(num_envs, episodes - first)))
             for _ in range(max_steps):
@@ -41,10 +43,9 @@ def evaluate(
             else:
                 raise UserError(
                     f"A greedy episode of {args.env_id} does not end within {max_steps:,} steps; "
-                    "register it with max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit."
+                    "register it with max_episode_steps, or give evaluate.py a larger --max-steps."
                 )
-    except BaseException:  # a worker may owe an answer that will never come
-        envs.close(terminate=True)
-        raise
+    finally:
+        restore_random(generators)
     envs.close()
     return returns.tolist(), lengths.tolist()

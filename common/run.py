@@ -1,5 +1,6 @@
 """What every script does that is not reinforcement learning: seeds, run folder, checkpoints, signals, results."""
 
+import copy
 import dataclasses
 import errno
 import importlib.util
@@ -86,71 +87,89 @@ class Run:
     def __init__(self, args: RunArgs, script: str):
         self.args, self.script = args, Path(script)
         self.env_steps = self.updates = self._next_log = 0
-        self._saved, self._stop_signal, self._warned = None, None, False
+        self._stop_signal, self._warned = None, False
         check_ranges(args)
         if args.run_dir is not None and not str(args.run_dir):
             raise UserError("--run-dir must not be empty.")
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu.")
         self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        try:
+            if json.loads(json.dumps(args.env_kwargs, allow_nan=False)) != args.env_kwargs:
+                raise ValueError("it comes back as something else")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--env-kwargs must be plain JSON: {error}.") from None
         env = args.env_id.replace("/", "-").replace(":", "-")
         default = f"runs/{env}__{self.script.stem}__{args.seed}__{time.time_ns()}"
-        self.dir = Path(args.resume or args.run_dir or default)
-        if args.resume is not None:
-            if args.run_dir is not None:
-                raise UserError("--resume goes on in its own folder; leave --run-dir away.")
-            flags = vars(saved_args(args.resume, type(args), self.script.stem))
-            differing = [name for name in flags if name != "resume" and flags[name] != getattr(args, name)]
-            if differing and not isinstance(args.resume, Saved):
-                raise UserError(
-                    f"Args(resume={str(args.resume)!r}) differs from that run in {', '.join(differing)}; write "
-                    "dataclasses.replace(load_args(run_dir), ...) with load_args of evaluate.py to change flags."
-                )
-            self._saved = load_checkpoint(self.dir, self.script.stem)
-            if args.total_timesteps < min(self._saved["env_steps"], flags["total_timesteps"]):
-                raise UserError(f"{str(self.dir)!r} has {self._saved['env_steps']:,} environment steps already.")
-        elif self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
-            raise UserError(f"--run-dir {str(self.dir)!r} is already in use; name another, or go on with --resume.")
+        self.name = str(args.resume or args.run_dir or default)
+        self.dir = Path(self.name).absolute()  # an environment may change the working directory
+        self._check_folder()
         torch.set_num_threads(args.num_threads)
         seed_generators(args.seed)
+
+    def _check_folder(self) -> dict | None:
+        """The checkpoint of a run to be resumed; UserError if flags do not fit it, or a new run's folder is in use."""
+        args = self.args
+        if args.resume is None:
+            if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+                raise UserError(f"--run-dir {self.name!r} is already in use; name another, or go on with --resume.")
+            return None
+        if args.run_dir is not None:
+            raise UserError("--resume goes on in its own folder; leave --run-dir away.")
+        flags = vars(saved_args(args.resume, type(args), self.script.stem))
+        differing = [name for name in flags if name != "resume" and flags[name] != getattr(args, name)]
+        if differing and not isinstance(args.resume, Saved):
+            raise UserError(
+                f"Args(resume={self.name!r}) differs from that run in {', '.join(differing)}; write "
+                "dataclasses.replace(load_args(run_dir), ...) with load_args of evaluate.py to change flags."
+            )
+        saved = load_checkpoint(args.resume, self.script.stem)
+        if args.total_timesteps < min(saved["env_steps"], flags["total_timesteps"]):
+            steps = f"{saved['env_steps']:,} environment steps already"
+            raise UserError(f"{self.name!r} has {steps}; give more --total-timesteps.")
+        return saved
 
     @contextmanager
     def open(self, **parts):
         """Makes or resumes the run folder; `parts`, which have (load_)state_dict(), are saved in every checkpoint."""
-        self._parts, args, saved, self._saved = parts, self.args, self._saved, None
-        with ExitStack() as stack:  # whatever happens, closes what has been opened
-            stack.push(lambda kind, *_: parts["envs"].close(terminate=kind not in (None, SystemExit)))
-            try:
-                self.dir.mkdir(parents=True, exist_ok=True)
-                stack.callback(*lock(self.dir))
-                if saved is not None:
-                    self._restore(saved)
-                (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
-                write_json(self.dir / "args.json", {"script": self.script.stem} | vars(args) | {"resume": None})
-                self.logger = Logger(self.dir, args.total_timesteps, self.env_steps, saved and saved["logger"])
-            except OSError as error:
-                raise UserError(f"The run folder {str(self.dir)!r} cannot be used: {error.strerror}.") from None
-            stack.callback(self.logger.close)
-            # Resets that come before an episode's end would keep it from ever being seen
-            self._every = args.checkpoint_every or max(args.total_timesteps // 10, 2_000 * (args.num_envs or 1))
-            self._next_checkpoint = (self.env_steps // self._every + 1) * self._every
-            if saved is None:
-                self.save()
-            print(f"{self.script.name} on {args.env_id}, {self.device}, run folder {self.dir}", file=sys.stderr)
-            if threading.current_thread() is threading.main_thread():  # else who started the thread handles signals
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    stack.callback(signal.signal, number, signal.signal(number, self._request_stop))
-            try:
+        self._parts, args = parts, self.args
+        try:
+            with ExitStack() as stack:  # whatever happens, closes what has been opened
+                stack.push(after_all(lambda kind: parts["envs"].close(terminate=kind not in (None, SystemExit))))
+                try:
+                    self.dir.mkdir(parents=True, exist_ok=True)
+                    stack.callback(*lock(self.dir, self.name))
+                    saved = self._check_folder()  # again: another process may have been here until now
+                    if saved is not None:
+                        self._restore(saved)
+                    (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
+                    write_json(self.dir / "args.json", {"script": self.script.stem} | vars(args) | {"resume": None})
+                    print(
+                        f"{self.script.name} on {args.env_id}, {self.device}, run folder {self.name}", file=sys.stderr
+                    )
+                    self.logger = Logger(self.dir, args.total_timesteps, self.env_steps, saved and saved["logger"])
+                except OSError as error:
+                    raise UserError(f"The run folder {self.name!r} cannot be used: {error.strerror}.") from None
+                stack.push(after_all(lambda kind: self.logger.close()))
+                new, saved = saved is None, None  # frees the file that the checkpoint was read from
+                if threading.current_thread() is threading.main_thread():  # else who started the thread handles signals
+                    for number in (signal.SIGINT, signal.SIGTERM):
+                        stack.callback(signal.signal, number, signal.signal(number, self._request_stop))
+                # Resets that come before an episode's end would keep it from ever being seen
+                self._every = args.checkpoint_every or max(args.total_timesteps // 10, 2_000 * (args.num_envs or 1))
+                self._next_checkpoint = (self.env_steps // self._every + 1) * self._every
+                if new:
+                    self.save()
                 yield
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise UserError(f"{error.strerror}: make room, then go on with --resume {str(self.dir)!r}.") from None
-            except NotFinite as error:
-                raise UserError(
-                    f"{error} is not finite at environment step {self.env_steps:,}; "
-                    f"the last good checkpoint is in {str(self.dir)!r}."
-                ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f"{error.strerror}: make room, then go on with --resume {self.name!r}.") from None
+        except NotFinite as error:
+            raise UserError(
+                f"{error} is not finite at environment step {self.env_steps:,}; "
+                f"the last good checkpoint is in {self.name!r}."
+            ) from None
 
     def _request_stop(self, number, _frame):
         self._stop_signal = number
@@ -171,7 +190,7 @@ class Run:
             if isinstance(part, torch.nn.Module) and not all(p.isfinite().all() for p in states[name].values()):
                 raise NotFinite(f"{name}'s weights")
         resets = hasattr(self._parts["envs"], "reset")  # worker processes go on
-        if resets and self.env_steps > 0 and self.logger.longest == 0 and not self._warned:
+        if resets and 0 < self.env_steps < self.args.total_timesteps and not self.logger.longest and not self._warned:
             self._warned = True
             tqdm.write(
                 f"No episode has ended in {self.env_steps:,} environment steps. A checkpoint resets all environments; "
@@ -187,7 +206,7 @@ class Run:
 
     def _stop(self):
         self.logger.close()
-        command = f"python {shlex.quote(os.path.relpath(self.script))} --resume {shlex.quote(str(self.dir))}"
+        command = f"python {shlex.quote(os.path.relpath(self.script))} --resume {shlex.quote(self.name)}"
         print(f"Stopped at environment step {self.env_steps:,}. Go on with\n  {command}", file=sys.stderr)
         raise SystemExit(128 + self._stop_signal)
 
@@ -198,11 +217,11 @@ class Run:
                 if (found := layout(state)) != (wanted := layout(part.state_dict())):
                     raise ValueError(f"{name} holds {found}, not {wanted}")
                 if "param_groups" in state:  # learning rates and the like are the flags', perhaps new ones
-                    state = state | {"param_groups": part.state_dict()["param_groups"]}
+                    state = copy.deepcopy(state) | {"param_groups": part.state_dict()["param_groups"]}
                 part.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"The checkpoint in {str(self.dir)!r} does not fit these flags: {reason}") from None
+            raise UserError(f"The checkpoint in {self.name!r} does not fit these flags: {reason}") from None
         self.env_steps, self.updates, self._next_log = saved["env_steps"], saved["updates"], saved["next_log"]
         restore_random(saved["random"])
 
@@ -257,15 +276,15 @@ class Run:
         if failure is not None:
             reason = " ".join(f"{type(failure).__name__}: {failure}".split())
             raise UserError(
-                f"The training is done and {str(self.dir)!r} holds it, but not its evaluation. {reason}"
+                f"The training is done and {self.name!r} holds it, but not its evaluation. {reason}"
             ) from failure
-        folder = shlex.quote(str(self.dir))
+        folder = shlex.quote(self.name)
         video = " --video" if importlib.util.find_spec("imageio_ffmpeg") else ""
         print(
             f"greedy return {np.mean(returns):.1f} ± {np.std(returns):.1f} "
             f"over {len(returns)} episodes of {args.env_id}\n"
             f"after {self.env_steps:,} environment steps in {seconds / 60:.1f} minutes "
-            f"({results['sps']:,.0f} steps/s), run folder {self.dir}\n"
+            f"({results['sps']:,.0f} steps/s), run folder {self.name}\n"
             f"  see it play    python {shlex.quote(os.path.relpath(ROOT / 'evaluate.py'))} {folder}{video}\n"
             f"  see it learn   tensorboard --logdir {folder}"
         )
@@ -288,7 +307,21 @@ def layout(state: dict):
     return sorted(state)
 
 
-def lock(folder: Path) -> tuple:
+def after_all(close):
+    """A callback of ExitStack: close(kind of exception), whose own failure does not hide the fault that came first."""
+
+    def exit(kind, *_):
+        try:
+            close(kind)
+        except Exception as error:
+            if kind is None:
+                raise
+            print(f"closing failed, too: {type(error).__name__}: {error}", file=sys.stderr)
+
+    return exit
+
+
+def lock(folder: Path, name: str) -> tuple:
     """Refuses a folder in which another process trains, where the system can tell; returns the call that unlocks it."""
     try:
         import fcntl
@@ -297,7 +330,7 @@ def lock(folder: Path) -> tuple:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dropped by the kernel when the process dies
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(f"{str(folder)!r} is in use by another process.") from None
+        raise UserError(f"{name!r} is in use by another process.") from None
     except (ImportError, OSError):  # Windows, or a file system without locks
         return (int,)
     return os.close, descriptor
@@ -306,6 +339,6 @@ def lock(folder: Path) -> tuple:
 def write_json(path: Path, content: dict):
     """Atomic: a killed run leaves the old file or the new one."""
     temporary = path.with_suffix(".tmp")
-    text = json.dumps(content, indent=2, allow_nan=False, default=str)  # a Path
+    text = json.dumps(content, indent=2, allow_nan=False, default=os.fspath)  # a Path
     temporary.write_text(text + "\n")
     temporary.replace(path)

@@ -135,7 +135,7 @@ class Worker:
         self._mailbox.put(**record)
         self.beat()
 
-    def run(self, target, args: tuple, specs: bytes):
+    def run(self, target, args: tuple, spec: bytes):
         """The process: until it is told to end, or `target` fails."""
         self._parent = (
             os.getppid()
@@ -147,7 +147,8 @@ class Worker:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         torch.set_num_threads(1)
         try:
-            gym.registry.update(cloudpickle.loads(specs))
+            if (spec := cloudpickle.loads(spec)) is not None:
+                gym.registry[spec.id] = spec
             target(self, *args)
         except SystemExit:
             pass
@@ -167,7 +168,12 @@ class Workers:
     To `Run` they are the environments: close() ends them.
     """
 
-    def __init__(self, target, num: int, fields: dict[str, tuple], timeout: float):
+    def __init__(self, target, num: int, fields: dict[str, tuple], timeout: float, spec=None):
+        """`spec`: gymnasium's, of the environment that workers make; the calling program may have made it itself."""
+        try:
+            self._spec = cloudpickle.dumps(spec)
+        except Exception as error:
+            raise UserError(f"{spec.id} cannot be sent to worker processes: {error}") from None
         self._target, self._timeout = target, timeout
         self._mailboxes = [Mailbox(fields) for _ in range(num)]
         self._beats, self._errors = shared((num,), np.float64), shared((num, 8192), np.uint8)
@@ -183,8 +189,6 @@ class Workers:
     def start(self, *args):
         """`args` go to the target behind its Worker; tensors among them should be shared."""
         self._args = args
-        # Environments that the calling program has registered with their classes; a worker imports only modules
-        self._specs = cloudpickle.dumps({k: v for k, v in gym.registry.items() if not isinstance(v.entry_point, str)})
         for index in range(len(self._processes)):
             self._start(index)
 
@@ -192,7 +196,7 @@ class Workers:
         self._beats[index] = self._errors[index] = 0
         self._heard[index] = self._silence[index] = 0.0
         worker = Worker(index, self._generations[index], self._mailboxes[index], self._beats, self._errors)
-        process = mp.get_context("forkserver").Process(target=worker.run, args=(self._target, self._args, self._specs))
+        process = mp.get_context("forkserver").Process(target=worker.run, args=(self._target, self._args, self._spec))
         resource_tracker.ensure_running()  # it would lift the mask
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the fork server and its workers
         try:

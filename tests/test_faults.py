@@ -823,6 +823,130 @@ def test_a_foreign_run_folder_imports_nothing_from_itself(workdir, command):
     assert status != 0 and "no package 'evil'" in err and not Path("executed").exists() and "Traceback" not in err
 
 
+# --- Faults that a second look found ----------------------------------------------------------------------------------
+
+
+def test_a_folder_that_another_process_has_trained_on_in_the_meantime_is_read_anew(workdir, monkeypatch):
+    """It may end while this one builds its environments: an older checkpoint must not overwrite its newer one."""
+    run(total_timesteps=60)
+    original = a2c_sync.make_envs
+
+    def slow(args, *rest, **options):
+        monkeypatch.setattr(a2c_sync, "make_envs", original)
+        a2c_sync.train(dataclasses.replace(load_args("run"), total_timesteps=300))  # the other process
+        return original(args, *rest, **options)
+
+    args = dataclasses.replace(load_args("run"), total_timesteps=400)
+    monkeypatch.setattr(a2c_sync, "make_envs", slow)
+    end = a2c_sync.train(args)
+    assert end["env_steps"] >= 400 and end["updates"] > 400 // 6 - 5
+    steps = [row[0] for row in metrics("run")]
+    assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("value", [np.False_, np.int64(3), float("nan"), {1: 2}, (1, 2)], ids=repr)
+def test_arguments_of_the_environment_that_json_would_change_are_refused(workdir, value):
+    """Else evaluation and resume would build another environment."""
+    with pytest.raises(UserError, match="--env-kwargs must be plain JSON"):
+        run(env_id="toy_envs:Needy-v0", env_kwargs={"size": value})
+    assert not list(Path(".").iterdir())
+
+
+def test_workers_have_the_callers_version_of_an_environment(workdir):
+    """And an unrelated one that cannot be pickled does not matter."""
+    gym.register("Locked-v0", lambda: threading.Lock())
+    limit, gym.spec("CartPole-v1").max_episode_steps = gym.spec("CartPole-v1").max_episode_steps, 12
+    try:
+        run(a3c_async, total_timesteps=600)
+    finally:
+        gym.spec("CartPole-v1").max_episode_steps = limit
+        del gym.registry["Locked-v0"]
+    assert max(float(value) for _, tag, value in metrics("run") if tag == "charts/episodic_length") <= 12
+
+
+def test_an_environment_that_cannot_be_sent_to_workers_is_named(workdir):
+    lock = threading.Lock()
+    gym.register("Local-v1", lambda: (lock, toy_envs.Constant())[1])
+    with pytest.raises(UserError, match="Local-v1 cannot be sent to worker processes"):
+        run(a3c_async, env_id="Local-v1")
+    del gym.registry["Local-v1"]
+
+
+def test_a_close_that_fails_does_not_hide_the_fault_that_came_first(workdir, capsys):
+    class Broken(toy_envs.Broken):
+        def close(self):
+            raise RuntimeError("close failed")
+
+    gym.register("BadClose-v0", Broken)
+    with pytest.raises(UserError, match="reward is not finite at environment step"):
+        run(env_id="BadClose-v0", total_timesteps=2_000)
+    assert "closing failed, too: RuntimeError: close failed" in capsys.readouterr().err
+
+
+def test_evaluation_is_the_same_for_environments_that_draw_from_global_generators(workdir):
+    run(env_id="toy_envs:Dice-v0")
+    agent, args, env_state, _ = load_agent("run")
+    seen = []
+    for _ in range(2):
+        rows = []
+        evaluate(agent, args, env_state, 3, on_step=lambda envs, obs, rows=rows: rows.append(obs.copy()))
+        seen.append(np.concatenate(rows))
+        random.random(), np.random.rand(), torch.rand(1)
+    assert (seen[0] == seen[1]).all() and len(np.unique(seen[0])) > 50
+
+
+def test_ctrl_c_in_the_first_save_leaves_a_folder_to_go_on_with(workdir, monkeypatch):
+    import signal
+
+    save = checkpoint_module.torch.save
+
+    def interrupted(*args):
+        save(*args)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(checkpoint_module.torch, "save", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        run()
+    assert exit.value.code == 130 and not list(Path("run").glob("*.tmp"))
+    monkeypatch.undo()
+    monkeypatch.chdir(workdir)
+    assert a2c_sync.train(load_args("run"))["env_steps"] >= 120
+
+
+def test_a_dead_process_of_an_environment_is_a_sentence():
+    envs = make_envs(a2c_sync.Args(vectorization="async", num_envs=2))
+    envs.reset(seed=0)
+    envs.unwrapped.processes[1].kill()
+    envs.unwrapped.processes[1].join()
+    with pytest.raises(UserError, match=r"A process of an environment has died; exit codes \[None, -9\]"):
+        for _ in range(3):
+            envs.step(np.zeros(2, int))
+    envs.close(terminate=True)
+
+
+def test_the_evaluate_commands_limit_follows_training_too(workdir, monkeypatch):
+    run(env_id="toy_envs:Endless-v0", env_kwargs={"length": 4_000}, total_timesteps=9_000, checkpoint_every=10**6)
+    limits = []
+    monkeypatch.setattr(evaluate_command, "evaluate", lambda *args, **_: limits.append(args[5]) or ([0.0], [1]))
+    for words in ([], ["--max-steps", "7"]):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "run", *words])
+        with pytest.raises(SystemExit):
+            evaluate_command.main()
+    assert limits == [40_000, 7]
+
+
+def test_an_environment_may_change_the_working_directory(workdir):
+    class Wanderer(toy_envs.Constant):
+        def reset(self, **kwargs):
+            Path("elsewhere").mkdir(exist_ok=True)
+            os.chdir("elsewhere")
+            return super().reset(**kwargs)
+
+    gym.register("Wanderer-v0", Wanderer)
+    run(env_id="Wanderer-v0")
+    assert (workdir / "run" / "results.json").exists() and (workdir / "run" / "metrics.csv").exists()
+
+
 # --- Kept right -------------------------------------------------------------------------------------------------------
 
 

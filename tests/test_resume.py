@@ -23,6 +23,7 @@ import sac
 from a2c_sync import Args, train
 from common import checkpoint as checkpoint_module
 from common.checkpoint import load_checkpoint, save_checkpoint
+from common.envs import env_seed, make_envs
 from common.flags import UserError
 from common.logger import Logger
 from common.run import run_cli
@@ -147,6 +148,26 @@ def test_seconds_go_on(workdir):
     assert all((float(seconds) > 1000) == (int(steps) > saved["env_steps"]) for steps, seconds, *_ in rows)
 
 
+def test_every_checkpoint_resets_the_environments_each_time_with_another_seed(workdir, monkeypatch):
+    """Which the step gives, so that a resumed run sees what it would have seen."""
+    seeds = []
+
+    def spy(*args, **options):
+        envs = make_envs(*args, **options)
+        reset = envs.reset
+        envs.reset = lambda seed: seeds.append(seed) or reset(seed=seed)
+        return envs
+
+    monkeypatch.setattr(a2c_sync, "make_envs", spy)
+    flags = {"env_id": "Pendulum-v1", "num_steps": 4, "num_envs": 2, "checkpoint_every": 16, "eval_episodes": 1}
+    train(Args(run_dir="run", total_timesteps=48, **flags))
+    assert seeds == [env_seed(1, steps) for steps in (0, 16, 32)] and len(set(seeds)) == 3
+    resume(total_timesteps=80)
+    assert seeds[3:] == [env_seed(1, steps) for steps in (48, 64)]
+    train(Args(run_dir="other", total_timesteps=16, seed=2, **flags))
+    assert seeds[5:] == [env_seed(2, 0)] != [env_seed(1, 0)]
+
+
 # --- The log ----------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +217,26 @@ def test_episodes_since_the_last_log_are_not_lost(workdir):
     assert logged["charts/episodic_return"] == [(20, 3.0)] and logged["charts/episodic_length"] == [(20, 6.0)]
     returns = [(steps, float(value)) for steps, tag, value in metrics(".") if tag == "charts/episodic_return"]
     assert returns == [(10, 1.0), (10, 2.0), (20, 6.0)]
+
+
+def test_a_checkpoint_comes_after_the_events_before_it(workdir):
+    """They are in the file, so that a kill right after it loses none of them."""
+    logger = Logger(Path("."), 10_000)
+    for step in range(300):
+        logger.log(step, {"actor_loss": 1.0})
+    logger.state_dict()
+    shutil.copytree(".", "killed", ignore=shutil.ignore_patterns("killed"))
+    logger.close()
+    assert len(events("killed")["losses/actor_loss"]) == len(metrics("killed")) == 300
+
+
+def test_results_are_gone_while_a_longer_run_trains(workdir, monkeypatch):
+    train(Args(run_dir="run", **SHORT))
+    assert Path("run/results.json").exists()
+    seen, update = [], a2c_sync.update
+    monkeypatch.setattr(a2c_sync, "update", lambda *args: seen.append(os.listdir("run")) or update(*args))
+    resume(total_timesteps=200)
+    assert seen and "results.json" not in seen[0] and results("run")["env_steps"] >= 200
 
 
 # --- Flags of a resumed run -------------------------------------------------------------------------------------------
@@ -362,12 +403,17 @@ def test_a_run_of_an_earlier_version_says_so(workdir, trained):
             attempt("run")
 
 
-@pytest.mark.parametrize("flags", [{"optimizer": "adam"}, {"normalize_obs": True}, {"network": "shared"}], ids=str)
-def test_flags_that_do_not_fit_the_checkpoint_are_refused_and_change_nothing(workdir, flags):
-    train(Args(run_dir="run", env_id="Pendulum-v1", **SHORT))
+UNFIT = {"optimizer": ("rmsprop", "adam"), "normalize_obs": (False, True), "network": ("separate", "shared")}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.parametrize("back", [False, True], ids=["there", "back"])
+def test_flags_that_do_not_fit_the_checkpoint_are_refused_and_change_nothing(workdir, name, back):
+    first, second = reversed(UNFIT[name]) if back else UNFIT[name]
+    train(Args(run_dir="run", env_id="Pendulum-v1", **SHORT | {name: first}))
     before = content("run")
     with pytest.raises(UserError, match="'run' does not fit these flags") as error:
-        resume(total_timesteps=300, **flags)
+        resume(total_timesteps=300, **{name: second})
     assert "\n" not in str(error.value) and content("run") == before
     assert resume(total_timesteps=300)["env_steps"] >= 300  # and nothing stays locked
 
