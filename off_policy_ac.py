@@ -42,6 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.compile import compiled
 from common.envs import make_envs
 from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, Share, UserError
 from common.ring_buffer import RingBuffer
@@ -84,6 +85,8 @@ class Args(RunArgs):
     """learning rate of the critic; by default that of the actor"""
     lr_decay: bool = True
     """let the learning rates fall linearly to 0 at --total-timesteps"""
+    compile: bool = False
+    """torch.compile the update, which takes up to a minute at the start; on a GPU with CUDA graphs"""
 
 
 def check_flags(args: Args):
@@ -335,6 +338,7 @@ def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)
     check_flags(args)
+    update_fn = compiled(update, run.device) if args.compile else update
     envs = make_envs(args, images=False)
     agent = make_agent(envs, args).to(run.device)
     optimizer = make_optimizer(agent, args)
@@ -382,7 +386,7 @@ def train(args: Args) -> dict:
             # Learn: so many updates for each transition, not for each step of all environments
             rate = args.updates_per_step
             for _ in range(int(run.env_steps * rate) - int((run.env_steps - new_steps) * rate)):
-                metrics = update(agent, optimizer, buffer.sample(args.batch_size), args)
+                metrics = update_fn(agent, optimizer, buffer.sample(args.batch_size), args)
                 run.updates += 1
                 run.log(metrics)
         return run.finish()
