@@ -587,7 +587,7 @@ def test_no_process_is_left(workdir, update, how):
     "words, sentence",
     {
         "--num-envs 3 --num-workers 2": "is not --num-workers 2 times the environments of a worker",
-        "--num-envs 4 --envs-per-worker 3": "give --envs-per-worker and --num-envs None",
+        "--num-envs 4 --envs-per-worker 3": "give --envs-per-worker instead",
         "--num-workers 0": "--num-workers",
         "--envs-per-worker 0": "--envs-per-worker",
         "--max-lag -1": "--max-lag",

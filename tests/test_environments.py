@@ -122,7 +122,7 @@ def test_video_of_atari_is_what_the_agent_sees(workdir, monkeypatch):
     """Enlarged: the C++ environment has no pictures of its own. Of the first steps, a whole game takes long."""
     seen = []
 
-    def beginning(agent, args, env_state, episodes, seed, on_step, render):
+    def beginning(agent, args, env_state, episodes, seed, max_steps, on_step, render):
         envs = make_envs(args, 1, evaluation=True, render=render)
         obs, _ = envs.reset(seed=seed)
         for _ in range(10):

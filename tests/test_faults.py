@@ -640,7 +640,9 @@ def test_evaluations_limit_follows_what_training_saw(workdir, monkeypatch):
         run_dir="long",
         env_id="toy_envs:Endless-v0",
         env_kwargs={"length": 4_000},
-        total_timesteps=9_000,
+        num_envs=1,
+        num_steps=100,
+        total_timesteps=4_100,
         checkpoint_every=10**6,
     )
     assert limits == [30_000, 40_000]
@@ -925,7 +927,14 @@ def test_a_dead_process_of_an_environment_is_a_sentence():
 
 
 def test_the_evaluate_commands_limit_follows_training_too(workdir, monkeypatch):
-    run(env_id="toy_envs:Endless-v0", env_kwargs={"length": 4_000}, total_timesteps=9_000, checkpoint_every=10**6)
+    run(
+        env_id="toy_envs:Endless-v0",
+        env_kwargs={"length": 4_000},
+        num_envs=1,
+        num_steps=100,
+        total_timesteps=4_100,
+        checkpoint_every=10**6,
+    )
     limits = []
     monkeypatch.setattr(evaluate_command, "evaluate", lambda *args, **_: limits.append(args[5]) or ([0.0], [1]))
     for words in ([], ["--max-steps", "7"]):

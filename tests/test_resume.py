@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, finish, start
 from helpers import checkpoint, events, metrics, results, same, wait_for
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import a2c_sync
 import off_policy_ac
@@ -219,15 +220,17 @@ def test_episodes_since_the_last_log_are_not_lost(workdir):
     assert returns == [(10, 1.0), (10, 2.0), (20, 6.0)]
 
 
-def test_a_checkpoint_comes_after_the_events_before_it(workdir):
-    """They are in the file, so that a kill right after it loses none of them."""
-    logger = Logger(Path("."), 10_000)
-    for step in range(300):
+def test_a_checkpoint_comes_after_the_events_before_it(workdir, monkeypatch):
+    """They are in the file, however slow the disk, so that a kill right after it loses none of them."""
+    write = RecordWriter.write
+    monkeypatch.setattr(RecordWriter, "write", lambda writer, data: time.sleep(0.01) or write(writer, data))
+    logger = Logger(Path("."), 100)
+    for step in range(5):
         logger.log(step, {"actor_loss": 1.0})
     logger.state_dict()
     shutil.copytree(".", "killed", ignore=shutil.ignore_patterns("killed"))
     logger.close()
-    assert len(events("killed")["losses/actor_loss"]) == len(metrics("killed")) == 300
+    assert len(events("killed")["losses/actor_loss"]) == len(metrics("killed")) == 5
 
 
 def test_results_are_gone_while_a_longer_run_trains(workdir, monkeypatch):
@@ -315,7 +318,10 @@ def test_fewer_steps_than_the_run_has_are_refused(workdir, monkeypatch, total, f
         with pytest.raises((UserError, SystemExit)) as error:
             attempt()
         message = str(error.value).removeprefix("error: ")
-        assert message == f"'run' has {steps} environment steps already." and content("run") == before
+        assert (
+            message == f"'run' has {steps} environment steps already; give more --total-timesteps."
+            and content("run") == before
+        )
 
 
 def test_an_interrupted_run_may_end_earlier_than_planned(workdir):
