@@ -4,6 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -106,16 +107,17 @@ def test_mujoco_trains(workdir, normalize_obs):
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "InvertedPendulum-v5"])
 def test_video(workdir, env_id, monkeypatch, capsys):
     """It shows one episode, that of the given seed."""
-    from moviepy import VideoFileClip
-
     monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
     train(Args(run_dir="run", env_id=env_id, total_timesteps=50, eval_episodes=1))
     agent, args, env_state, _ = load_agent("run")
     write_video(agent, args, env_state, Path("run"), seed=0)
     _, lengths = evaluate.evaluate(agent, args, env_state, 1, seed=0)
     assert f"video of one episode, {lengths[0]} frames: run/video.mp4" in capsys.readouterr().out
-    with VideoFileClip("run/video.mp4") as clip:
-        assert clip.n_frames == pytest.approx(lengths[0], abs=1) and len(set(clip.get_frame(0).ravel())) > 1
+    frames, _ = imageio_ffmpeg.count_frames_and_secs("run/video.mp4")
+    reader = imageio_ffmpeg.read_frames("run/video.mp4")
+    next(reader)  # what the file says of itself
+    assert frames == lengths[0] and len(set(next(reader))) > 1
+    reader.close()
 
 
 def test_video_of_atari_is_what_the_agent_sees(workdir, monkeypatch):

@@ -361,6 +361,12 @@ def test_a_worker_has_minutes_for_its_imports_and_seconds_after(begin, clock, ca
 # --- When the main process is gone ------------------------------------------------------------------------------------
 
 
+def has_begun(pid):
+    """A worker ignores Ctrl-C from the moment on that its life is tied to that of the fork server."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("SigIgn:")[2].split()[0], 16) & 1 << signal.SIGINT - 1
+
+
 @pytest.mark.parametrize("update, real", [("hogwild", True), ("pooled", False)])
 def test_nothing_outlives_a_killed_main_process(workdir, update, real):
     """Not even a stopped worker. And a worker that Ctrl-C reaches, at whatever moment, lives on."""
@@ -373,6 +379,7 @@ def test_nothing_outlives_a_killed_main_process(workdir, update, real):
             os.kill(worker, signal.SIGINT)
         wait_for(lambda: checkpoint("run")["env_steps"] > 0)
         assert sorted(children(process.pid)) == sorted(workers)
+        wait_for(lambda: all(has_begun(worker) for worker in workers))
         os.kill(workers[0], signal.SIGSTOP)
         process.kill()
         process.wait()
