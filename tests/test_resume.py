@@ -47,9 +47,10 @@ def command_line(monkeypatch, *words, script=a2c_sync):
     return run_cli(script.train, script.Args)
 
 
-def until_next_second():
-    """TensorBoard reads event files in the order of their names, which hold the second of their start."""
-    time.sleep(1.0 - time.time() % 1.0)
+def until_next_second(run_dir="."):
+    """TensorBoard reads event files in the order of their names: by the second of their start, then by process id."""
+    last = max(int(path.name.split(".")[3]) for path in Path(run_dir).glob("events.*"))
+    wait_for(lambda: time.time() >= last + 1)
 
 
 # --- Bit-identical ----------------------------------------------------------------------------------------------------
@@ -90,6 +91,7 @@ def test_killed_and_resumed_is_bit_identical(workdir, script, flags):
         time.sleep(delays.uniform(0, 1.5) * between if reached["env_steps"] > 0 else delays.uniform(0, 0.1))
         process.kill()
         killed += process.wait() == -signal.SIGKILL
+        until_next_second("killed")
     # The last one as a user starts it, each script once: with another order of Python's sets, for example
     real = "normalize_obs" not in flags
     status, out, err = finish(start(script.__file__, "--resume", "killed", cwd=workdir, real=real))

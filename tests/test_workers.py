@@ -183,7 +183,8 @@ def test_a_killed_worker_is_replaced_in_its_place(begin, capsys, number):
     generations_until(workers, 0, 1)
     os.kill(workers.pids[1], number)
     generations_until(workers, 1, 1)
-    assert workers.replaced == 1 and {receive(workers)[0] for _ in range(20)} == {0, 1}
+    generations_until(workers, 0, 0)  # and the other one goes on
+    assert workers.replaced == 1
     assert f"was killed by signal {number}" in capsys.readouterr().err
 
 

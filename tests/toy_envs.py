@@ -271,7 +271,7 @@ class Talkative(Constant):
     INFOS = {"x": 1}, {"x": "text"}, {}, {"x": np.zeros(3)}, {"x": np.zeros((2, 2))}, {"episode": 3}, {"x": {"y": [1]}}
 
     def _info(self):
-        return self.INFOS[np.random.default_rng().integers(len(self.INFOS))]
+        return dict(self.INFOS[np.random.default_rng().integers(len(self.INFOS))])
 
     def reset(self, **kwargs):
         return super().reset(**kwargs)[0], self._info()
