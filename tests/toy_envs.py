@@ -1,5 +1,6 @@
 """Small environments whose observations can be recognized. Ids: `toy_envs:Name-v0` (gymnasium imports the module)."""
 
+import copy
 import random
 
 import gymnasium as gym
@@ -271,7 +272,7 @@ class Talkative(Constant):
     INFOS = {"x": 1}, {"x": "text"}, {}, {"x": np.zeros(3)}, {"x": np.zeros((2, 2))}, {"episode": 3}, {"x": {"y": [1]}}
 
     def _info(self):
-        return dict(self.INFOS[np.random.default_rng().integers(len(self.INFOS))])
+        return copy.deepcopy(self.INFOS[np.random.default_rng().integers(len(self.INFOS))])
 
     def reset(self, **kwargs):
         return super().reset(**kwargs)[0], self._info()
