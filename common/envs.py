@@ -49,16 +49,9 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
         options = {}
     elif args.vectorization == "async" and not evaluation:  # a fork of this process could hang, its threads missing
         context = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        vector_kwargs = {
-            "copy": False,
-            "context": context,
-            "daemon": False,
-        }  # daemons may have no processes of their own
-        options |= {
-            "vectorization_mode": "async",
-            "vector_kwargs": vector_kwargs,
-            "wrappers": [partial(InProcess, os.getpid())],
-        }
+        options["vectorization_mode"], options["wrappers"] = "async", [partial(InProcess, os.getpid())]
+        # Daemons may have no processes of their own
+        options["vector_kwargs"] |= {"context": context, "daemon": False}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium's remarks on spaces; unsupported ones are refused below

@@ -71,7 +71,9 @@ class Logger:
         self._bar.update(min(env_steps, self._bar.total) - self._bar.n)
 
     def histogram(self, env_steps: int, tag: str, counts: dict[int, int]):
-        """TensorBoard's histogram of whole numbers: value -> how often; a bucket each."""
+        """TensorBoard's histogram of whole numbers: value -> how often; a bucket each. Of none, nothing."""
+        if not counts:
+            return
         values = range(min(counts), max(counts) + 1)
         moments = [sum(n**power * count for n, count in counts.items()) for power in (0, 1, 2)]
         limits, buckets = [n + 0.5 for n in values], [counts.get(n, 0) for n in values]

@@ -137,9 +137,8 @@ class Worker:
 
     def run(self, target, args: tuple, spec: bytes):
         """The process: until it is told to end, or `target` fails."""
-        self._parent = (
-            os.getppid()
-        )  # the fork server, which lives as long as somebody holds this file: the main process
+        # The parent is the fork server, which lives as long as a process holds this file: now only the main one
+        self._parent = os.getppid()
         os.close(forkserver._forkserver._forkserver_alive_fd)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a stopped one outlives its parent

@@ -956,6 +956,13 @@ def test_an_environment_may_change_the_working_directory(workdir):
     assert (workdir / "run" / "results.json").exists() and (workdir / "run" / "metrics.csv").exists()
 
 
+def test_a_log_in_which_every_transition_was_too_old_has_no_histogram(workdir):
+    """With --max-lag, all that came in since the last log may have been dropped."""
+    logger = Logger(Path("."), 10)
+    logger.histogram(1, "lag/histogram", a3c_async.Lags().recent)
+    logger.close()
+
+
 # --- Kept right -------------------------------------------------------------------------------------------------------
 
 
