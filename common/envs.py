@@ -49,6 +49,7 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
         options = {}
     elif args.vectorization == "async" and not evaluation:  # a fork of this process could hang, its threads missing
         context = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        multiprocessing.set_forkserver_preload(["torch", "gymnasium"])  # imported once, not in every process
         options["vectorization_mode"], options["wrappers"] = "async", [partial(InProcess, os.getpid())]
         # Daemons may have no processes of their own
         options["vector_kwargs"] |= {"context": context, "daemon": False}

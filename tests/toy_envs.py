@@ -367,16 +367,6 @@ class Images(Constant):
         return np.full((3, 40, 44), self.t, np.uint8)
 
 
-class RareReward(Constant):
-    """One-step episodes of which every tenth is rewarded, with 10: V = 1."""
-
-    episode = 0
-
-    def step(self, action):
-        self.episode += 1
-        return self._obs(), 10.0 if self.episode % 10 == 0 else 0.0, True, False, {}
-
-
 class Broken(Constant):
     """Rewards that turn NaN after `after` steps of an environment."""
 
@@ -470,7 +460,6 @@ CLASSES = (
     SmallInts,
     Doubles,
     Nothing,
-    RareReward,
     Images,
     Broken,
     BrokenBox,
