@@ -57,6 +57,9 @@ class RunArgs:
     """where the networks live; auto: cuda if there is one"""
     num_threads: Count = 1
     """CPU threads of torch; 1 is fastest for small networks"""
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
+    """of products of float32 matrices; auto: exact, by the fastest route; highest: exact; high: TF32 on a GPU, else as
+    highest; medium: bfloat16 where the machine has units for it, on a CPU in convolutions, too"""
     run_dir: str | None = None
     """folder for everything this run writes; by default runs/<env>__<script>__<seed>__<time>"""
     resume: str | None = None

@@ -26,6 +26,7 @@ from common.envs import env_seed
 from common.evaluate import evaluate
 from common.flags import ROOT, NotFinite, RunArgs, Saved, UserError, check_ranges, saved_args
 from common.logger import Logger
+from common.precision import choose_precision, get_precision, set_precision
 
 LOG_EVERY = 500  # environment steps; with rollouts of up to 500, losses are logged at least every 1000
 
@@ -37,14 +38,14 @@ def isolated(train):
     @wraps(train)
     def wrapped(args: RunArgs) -> dict:
         plain = {name: value.item() for name, value in vars(args).items() if isinstance(value, np.generic)}
-        generators, threads, precision = random_state(), torch.get_num_threads(), torch.get_float32_matmul_precision()
+        generators, threads, precision = random_state(), torch.get_num_threads(), get_precision()
         flushes_denormals = bool(torch.tensor(1e-30) * 1e-10 == 0)
         try:
             return train(dataclasses.replace(args, **plain))
         finally:
             restore_random(generators)
             torch.set_num_threads(threads)
-            torch.set_float32_matmul_precision(precision)
+            set_precision(*precision)
             torch.set_flush_denormal(flushes_denormals)
 
     return wrapped
@@ -144,8 +145,14 @@ class Run:
                         self._restore(saved)
                     (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
                     write_json(self.dir / "args.json", {"script": self.script.stem} | vars(args) | {"resume": None})
+                    self.precision = choose_precision(
+                        args.matmul_precision, parts["agent"], self.device, saved and saved.get("matmul_precision")
+                    )
+                    set_precision(self.precision, "bf16" if args.matmul_precision == "medium" else "none")
                     print(
-                        f"{self.script.name} on {args.env_id}, {self.device}, run folder {self.name}", file=sys.stderr
+                        f"{self.script.name} on {args.env_id}, {self.device}, matrix products {self.precision}, "
+                        f"run folder {self.name}",
+                        file=sys.stderr,
                     )
                     self.logger = Logger(self.dir, args.total_timesteps, self.env_steps, saved and saved["logger"])
                 except OSError as error:
@@ -199,7 +206,7 @@ class Run:
             )
         counters = {"env_steps": self.env_steps, "updates": self.updates, "next_log": self._next_log}
         content = {"script": self.script.stem, **counters, "logger": self.logger.state_dict(), "parts": states}
-        save_checkpoint(self.dir, content)
+        save_checkpoint(self.dir, content | {"matmul_precision": self.precision})
         self._next_checkpoint = (self.env_steps // self._every + 1) * self._every
         if self._stop_signal is not None:
             self._stop()
@@ -264,6 +271,7 @@ class Run:
             "seed": args.seed,
             "env_steps": self.env_steps,
             "updates": self.updates,
+            "matmul_precision": self.precision,
             "seconds": seconds,
             "sps": self.env_steps / seconds,
             "eval_return_mean": float(np.mean(returns)),

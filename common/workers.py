@@ -23,6 +23,7 @@ import torch.multiprocessing as mp
 from tqdm import tqdm
 
 from common.flags import UserError
+from common.precision import get_precision, set_precision
 
 POLL_SECONDS = 2e-4  # between two looks at a counter
 STARTUP_SECONDS = 300.0  # that a new worker has for its imports and its environments
@@ -135,7 +136,7 @@ class Worker:
         self._mailbox.put(**record)
         self.beat()
 
-    def run(self, target, args: tuple, spec: bytes):
+    def run(self, target, args: tuple, spec: bytes, precision: tuple[str, str]):
         """The process: until it is told to end, or `target` fails."""
         # The parent is the fork server, which lives as long as a process holds this file: now only the main one
         self._parent = os.getppid()
@@ -145,6 +146,7 @@ class Worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         torch.set_num_threads(1)
+        set_precision(*precision)
         try:
             if (spec := cloudpickle.loads(spec)) is not None:
                 gym.registry[spec.id] = spec
@@ -195,7 +197,8 @@ class Workers:
         self._beats[index] = self._errors[index] = 0
         self._heard[index] = self._silence[index] = 0.0
         worker = Worker(index, self._generations[index], self._mailboxes[index], self._beats, self._errors)
-        process = mp.get_context("forkserver").Process(target=worker.run, args=(self._target, self._args, self._spec))
+        args = self._target, self._args, self._spec, get_precision()
+        process = mp.get_context("forkserver").Process(target=worker.run, args=args)
         resource_tracker.ensure_running()  # it would lift the mask
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the fork server and its workers
         try:

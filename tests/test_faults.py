@@ -31,6 +31,7 @@ from common.envs import make_envs
 from common.evaluate import evaluate
 from common.flags import UserError
 from common.logger import Logger
+from common.precision import get_precision
 from common.run import run_cli
 from common.workers import Workers
 from evaluate import load_agent, load_args, write_video
@@ -160,14 +161,14 @@ def test_training_leaves_the_callers_process_as_it_was(workdir, script):
     def state():
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         denormal = (torch.tensor(1e-30) * 1e-10).item()
-        return handlers, denormal, torch.get_num_threads(), torch.get_float32_matmul_precision()
+        return handlers, denormal, torch.get_num_threads(), get_precision()
 
     try:
         before = state()
         random.seed(5), np.random.seed(6), torch.manual_seed(7)
         wanted = random.random(), np.random.rand(), torch.rand(1).item()
         random.seed(5), np.random.seed(6), torch.manual_seed(7)
-        run(script, env_id=box(script, "Constant"), num_threads=1)
+        run(script, env_id=box(script, "Constant"), num_threads=1, matmul_precision="medium")
         assert (random.random(), np.random.rand(), torch.rand(1).item()) == wanted
         with pytest.raises(UserError):
             run(script, run_dir="other", env_id="toy_envs:DictObs-v0")

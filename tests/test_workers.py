@@ -17,6 +17,7 @@ from helpers import checkpoint, children, processes, session_members, wait_for
 
 from common import workers as workers_module
 from common.flags import UserError
+from common.precision import get_precision, set_precision
 from common.workers import Mailbox, Snapshot, Workers
 
 FIELDS = {"number": ((), np.int64), "block": ((50, 50), np.float32)}
@@ -136,6 +137,14 @@ def begin():
     for workers in begun:
         workers.close()
     assert not children(os.getpid())
+
+
+def test_workers_multiply_as_the_main_process_does(begin):
+    before = get_precision()
+    set_precision("medium", "bf16")
+    workers = begin(toy_workers.tell_precision, num=1)
+    set_precision(*before)
+    assert receive(workers)[0] == 1
 
 
 @pytest.fixture

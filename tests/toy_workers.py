@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 
+from common.precision import get_precision
+
 
 def put_for_ever(mailbox):
     number = 0
@@ -21,6 +23,11 @@ def count(worker, *rest):
     for number in range(10**9):
         worker.send(number=[worker.index, worker.generation, number])
         time.sleep(0.002)
+
+
+def tell_precision(worker):
+    worker.send(number=[get_precision() == ("medium", "bf16"), 0, 0])
+    count(worker)
 
 
 def fail(worker):
