@@ -13,22 +13,28 @@ from common.flags import UserError
 
 
 class RingBuffer:
-    """The newest `capacity` transitions.
+    """The newest `capacity` transitions, on the device that learns from them.
 
-    fields: name -> (shape, dtype) of one transition's entry. Raises UserError if the machine has too little memory.
+    fields: name -> (shape, dtype) of one transition's entry. Raises UserError if the device has too little memory.
     """
 
     def __init__(self, capacity: int, fields: dict[str, tuple[tuple, type]], device: torch.device | str = "cpu"):
         row = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in fields.values())
-        if capacity * row > (available := available_memory()):
+        device = torch.device(device)
+        available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+        if capacity * row > available:
             raise UserError(
-                f"A buffer of {capacity:,} transitions of {row:,} bytes takes {capacity * row / 1e9:,.1f} GB and this "
-                f"machine has {available / 1e9:,.1f} GB free: --buffer-size {int(0.8 * available / row)} would fit."
+                f"A buffer of {capacity:,} transitions of {row:,} bytes takes {capacity * row / 1e9:,.1f} GB and "
+                f"{'the GPU' if device.type == 'cuda' else 'this machine'} has {available / 1e9:,.1f} GB free: "
+                f"--buffer-size {int(0.8 * available / row)} would fit."
             )
         print(f"replay buffer: {capacity:,} transitions, {capacity * row / 1e6:,.0f} MB when full", file=sys.stderr)
         self.capacity, self.device = capacity, device
         self.size = self.position = 0  # transitions stored; where the next one goes
-        self.fields = {name: np.zeros((capacity, *shape), dtype) for name, (shape, dtype) in fields.items()}
+        self.fields = {}
+        for name, (shape, dtype) in fields.items():
+            zeros = torch.from_numpy(np.zeros((capacity, *shape), dtype))  # takes memory where it is written to
+            self.fields[name] = zeros.to(device)
 
     def add(self, valid: np.ndarray, **values: np.ndarray):
         """Stores the transitions for which `valid` (N,) is true; values (N, ...) each, N at most the capacity."""
@@ -36,7 +42,7 @@ class RingBuffer:
         end = self.position + num_new
         everything = num_new == len(valid)
         for name, field in self.fields.items():
-            new = values[name] if everything else values[name][valid]
+            new = torch.as_tensor(values[name] if everything else values[name][valid])
             if end <= self.capacity:
                 field[self.position : end] = new
             else:  # over the end, on at the beginning
@@ -47,16 +53,12 @@ class RingBuffer:
 
     def sample(self, batch_size: int) -> SimpleNamespace:
         """`batch_size` transitions, uniformly and with replacement: a tensor (B, ...) for every field."""
-        index = torch.randint(self.size, (batch_size,)).numpy()  # torch's generator: it is in every checkpoint
-        return SimpleNamespace(
-            **{
-                name: torch.from_numpy(field.take(index, axis=0)).to(self.device, non_blocking=True)
-                for name, field in self.fields.items()
-            }
-        )
+        index = torch.randint(self.size, (batch_size,), device=self.device)  # by a generator of every checkpoint
+        return SimpleNamespace(**{name: field.index_select(0, index) for name, field in self.fields.items()})
 
     def state_dict(self) -> dict:
-        filled = {name: torch.from_numpy(field[: self.size]) for name, field in self.fields.items()}
+        # By way of NumPy, because a checkpoint holds a tensor's whole storage, of which this may be a small part
+        filled = {name: torch.from_numpy(field[: self.size].cpu().numpy()) for name, field in self.fields.items()}
         return {"capacity": self.capacity, "position": self.position, "fields": filled}
 
     def load_state_dict(self, state: dict):
@@ -65,7 +67,7 @@ class RingBuffer:
         self.position = state["position"]
         for name, field in self.fields.items():
             self.size = len(state["fields"][name])
-            field[: self.size] = state["fields"][name].numpy()
+            field[: self.size] = state["fields"][name]
 
 
 def available_memory() -> int:
