@@ -1,46 +1,62 @@
 """torch.compile for an update: everything from the targets to the target network in one graph."""
 
+import sys
+
 import torch
 from torch.optim.adam import adam
+from tqdm import tqdm
 
 from common.flags import UserError
 
 
-class GraphAdam:
-    """What `update` does with its torch.optim.Adam, on the same state, as functions of tensors that a graph can hold.
+class GraphOptimizer:
+    """What `update` does with its Adam or RMSpropA3C, on the same state, by functions that a graph can hold.
 
     Learning rates are tensors here: a number that a schedule changes would compile everything anew.
     """
 
-    def __init__(self, optimizer: torch.optim.Adam):
-        self._optimizer, self._groups = optimizer, []
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self._optimizer = optimizer
+        self._step = adam_step if isinstance(optimizer, torch.optim.Adam) else rmsprop_step
+        self.param_groups = []
         for group in optimizer.param_groups:
             params = group["params"]
             for p in params:
-                if not optimizer.state[p]:
+                if not optimizer.state[p]:  # RMSpropA3C has its own from the start
                     step = torch.zeros((), device=p.device)
                     optimizer.state[p] = {"step": step} | {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
-            states = ([optimizer.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
-            rate = torch.tensor(float(group["lr"]), device=params[0].device)
-            self._groups.append((params, *states, rate, group["betas"], group["eps"]))
+            state = {name: [optimizer.state[p][name] for p in params] for name in optimizer.state[params[0]]}
+            lr = torch.tensor(float(group["lr"]), device=params[0].device)
+            self.param_groups.append(group | {"lr": lr, "state": state})
 
     def take_rates(self):
-        for (*_, rate, _, _), group in zip(self._groups, self._optimizer.param_groups):
-            rate.fill_(group["lr"])
+        for ours, group in zip(self.param_groups, self._optimizer.param_groups):
+            ours["lr"].fill_(group["lr"])
 
     def zero_grad(self):
-        for params, *_ in self._groups:
-            for p in params:
+        for group in self.param_groups:
+            for p in group["params"]:
                 p.grad = None
 
     @torch.no_grad()
     def step(self):
-        graph = torch.compiler.is_compiling()
-        for params, exp_avgs, exp_avg_sqs, steps, rate, (beta1, beta2), eps in self._groups:
-            adam(
-                params, [p.grad for p in params], exp_avgs, exp_avg_sqs, [], steps, foreach=graph, capturable=graph,
-                amsgrad=False, beta1=beta1, beta2=beta2, lr=rate, weight_decay=0.0, eps=eps, maximize=False,
-            )  # fmt: skip
+        for group in self.param_groups:
+            self._step(group["params"], [p.grad for p in group["params"]], group)
+
+
+def adam_step(params, grads, group):
+    graph, state, (beta1, beta2) = torch.compiler.is_compiling(), group["state"], group["betas"]
+    adam(
+        params, grads, state["exp_avg"], state["exp_avg_sq"], [], state["step"], foreach=graph, capturable=graph,
+        amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=0.0, eps=group["eps"], maximize=False,
+    )  # fmt: skip
+
+
+def rmsprop_step(params, grads, group):
+    """As RMSpropA3C."""
+    for p, grad, square_avg in zip(params, grads, group["state"]["square_avg"]):
+        square_avg.mul_(group["alpha"]).addcmul_(grad, grad, value=1 - group["alpha"])
+        p.sub_(group["lr"] * grad / (square_avg + group["eps"]).sqrt())
 
 
 def compiled(update, device: torch.device):
@@ -52,14 +68,15 @@ def compiled(update, device: torch.device):
         raise UserError(f"--compile needs what torch.compile needs, a C++ compiler above all: {reason}") from None
     options = {"fallback_random": True} | ({"triton.cudagraphs": True} if device.type == "cuda" else {})
     graph = torch.compile(update, fullgraph=True, options=options)
-    adams = []  # the state is there when the first update comes, not before a run is resumed
+    optimizers = []  # the state is there when the first update comes, not before a run is resumed
 
     @torch._dynamo.config.patch(trace_autograd_ops=True)  # lets backward() stay inside the graph
     def compiled_update(agent, optimizer, batch, args):
-        if not adams:
-            adams.append(GraphAdam(optimizer))
-        adams[0].take_rates()
-        metrics = graph(agent, adams[0], batch, args)
+        if not optimizers:
+            tqdm.write("compiling the update, which takes up to a minute", file=sys.stderr)
+            optimizers.append(GraphOptimizer(optimizer))
+        optimizers[0].take_rates()
+        metrics = graph(agent, optimizers[0], batch, args)
         return {name: value.clone() for name, value in metrics.items()}  # the next call may use their memory again
 
     return compiled_update

@@ -624,7 +624,7 @@ def test_cartpole_is_solved_while_fifty_workers_are_killed(workdir, update):
         nonlocal killed
         rng = random.Random(1)
         while killed < 50:
-            time.sleep(rng.uniform(1.0, 3.0))
+            time.sleep(rng.uniform(0.5, 1.5))
             if Path("run/checkpoint.pt").exists() and (victims := children(os.getpid())):
                 os.kill(victims[rng.randrange(len(victims))], signal.SIGKILL)
                 killed += 1
