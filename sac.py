@@ -54,8 +54,6 @@ class Args(RunArgs):
     """environment steps (transitions of all environments together) to train for"""
     num_envs: Count = 1
     """environments that step in parallel"""
-    num_threads: Count = 2
-    """CPU threads of torch"""
     gamma: Fraction = 0.99
     """discount γ"""
     buffer_size: Count = 1_000_000

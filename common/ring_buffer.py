@@ -42,7 +42,11 @@ class RingBuffer:
         end = self.position + num_new
         everything = num_new == len(valid)
         for name, field in self.fields.items():
-            new = torch.as_tensor(values[name] if everything else values[name][valid])
+            new = values[name] if everything else values[name][valid]
+            if self.device.type == "cpu":
+                field = field.numpy()  # the same memory, at less cost for a single transition
+            else:
+                new = torch.as_tensor(new)
             if end <= self.capacity:
                 field[self.position : end] = new
             else:  # over the end, on at the beginning

@@ -2,24 +2,26 @@
 
     pip install -e ".[bench]"
     python experiments/speed.py                  all parts
-    python experiments/speed.py --part equal     a2c_sync.py, CartPole-v1, the same settings for both: steps per second
+    python experiments/speed.py --part equal     a2c_sync.py, eager and compiled, and Stable-Baselines3, equal settings
     python experiments/speed.py --part native    a2c_sync.py, 256 environments of gymnasium's native vector kind
     python experiments/speed.py --part solve     a2c_sync.py, seconds until 100 episodes have a mean return of 475
-    python experiments/speed.py --part replay    off_policy_ac.py, updates per second at K = 10 against plain code
+    python experiments/speed.py --part replay    off_policy_ac.py, K = 10, eager, compiled, and plain code: updates/s
     python experiments/speed.py --part buffer    the ring buffer against Stable-Baselines3's, with HalfCheetah's sizes
-    python experiments/speed.py --part sac       sac.py, HalfCheetah-v5, against Stable-Baselines3's and SBX's: steps/s
+    python experiments/speed.py --part sac       sac.py, HalfCheetah-v5, eager and compiled, Stable-Baselines3, SBX
+    python experiments/speed.py --part pixels    a2c_sync.py, Pong, eager and compiled, one and two threads: steps/s
     python experiments/speed.py --part update    sac.py, where the time of a step goes: milliseconds
     python experiments/speed.py --part denormals  Adam's step when half of the gradients are zero, with denormals or not
     python experiments/speed.py --part workers   a3c_async.py with 1, 2, 4 workers: steps per second
     python experiments/speed.py --part race      a3c_async.py and a2c_sync.py with sixteen environments: seconds to 475
 
-Every measurement is a process of its own, with one thread except in `sac` and `update`, where each has all cores.
-Machines vary by the minute: read the ratios.
+Every measurement is a process of its own, with one thread unless a row says otherwise. Machines vary by the minute:
+read the ratios, which are those of the medians to the first row.
 """
 
 import csv
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -43,7 +45,7 @@ OURS_EQUAL = (
 @dataclass
 class Options:
     part: Literal[
-        "all", "equal", "native", "solve", "replay", "buffer", "sac", "update", "denormals", "workers", "race"
+        "all", "equal", "native", "solve", "replay", "buffer", "sac", "pixels", "update", "denormals", "workers", "race"
     ] = "all"
     """which comparison to run"""
     rounds: int = 3
@@ -67,6 +69,7 @@ def ours(flags: str, total_timesteps: int, seed: int = 1, script: str = "a2c_syn
                 rows = [(int(r["env_steps"]), float(r["seconds"])) for r in csv.DictReader(file)]
             steps, seconds = next(row for row in rows if row[0] >= after)
             end["sps"] = (rows[-1][0] - steps) / (rows[-1][1] - seconds)
+            end["to_20k"] = seconds + (20_000 - steps) / end["sps"]
         return end
 
 
@@ -122,6 +125,14 @@ def raw_worker(num_envs: int, seconds: float) -> dict:
     return {"sps": steps / (time.perf_counter() - start)}
 
 
+def processor() -> str:
+    """Its name, family and model (a virtual machine hides more), cores, and whether it multiplies bfloat16 matrices."""
+    text = Path("/proc/cpuinfo").read_text()
+    info = dict(re.findall(r"^(.*?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
+    names = f"{info['model name']}, family {info['cpu family']}, model {info['model']}"
+    return f"{names}, {os.cpu_count()} cores, {'with' if 'amx_bf16' in text else 'without'} bfloat16 matrix units"
+
+
 def line(name: str, values: list[dict], key: str = "sps", digits: int = 0):
     shown = " ".join("never" if v[key] is None else f"{v[key]:,.{digits}f}" for v in values)
     memory = (
@@ -135,15 +146,39 @@ def ratio(a: list[dict], b: list[dict]):
     print(f"  ratio {median(ratios):.2f} (median; {' '.join(f'{r:.2f}' for r in ratios)})", flush=True)
 
 
+def compare(title: str, rows: dict, rounds: int):
+    """Each row's median and range of steps per second, and its ratio to the first row's, measured in turn."""
+    print(f"{title}; {rounds} rounds: median (range), ratio of the medians", flush=True)
+    found = {name: [] for name in rows}
+    for _ in range(rounds):
+        for name, measure in rows.items():
+            found[name].append(measure())
+    middle = {name: median(each["sps"] for each in ends) for name, ends in found.items()}
+    for name, ends in found.items():
+        values = [each["sps"] for each in ends]
+        text = f"{middle[name]:,.0f} ({min(values):,.0f} to {max(values):,.0f})"
+        if "to_20k" in ends[0]:
+            text += f"   20,000 steps take {median(each['to_20k'] for each in ends):.0f} s, warm-up included"
+        print(f"  {name:<40}{middle[name] / next(iter(middle.values())):5.2f}   {text}", flush=True)
+
+
 def equal(options: Options):
-    print(f"Equal settings: 8 environments x 5 steps, one thread, steps per second in {options.rounds} rounds")
-    a, b = [], []
-    for _ in range(options.rounds):
-        a.append(ours(OURS_EQUAL, 200_000))
-        b.append(theirs(total_timesteps=100_000, seed=1, until_solved=False))
-    line("a2c_sync.py", a)
-    line("Stable-Baselines3", b)
-    ratio(a, b)
+    rows = {
+        "Stable-Baselines3": lambda: theirs(total_timesteps=100_000, seed=1, until_solved=False),
+        "a2c_sync.py": lambda: ours(OURS_EQUAL, 200_000, after=50_000),
+        "a2c_sync.py --compile": lambda: ours(OURS_EQUAL + " --compile", 200_000, after=50_000),
+    }
+    compare("A2C, CartPole-v1, equal settings: 8 environments x 5 steps, steps/s", rows, options.rounds)
+
+
+def pixels(options: Options):
+    flags = "--env-id ALE/Pong-v5 --network shared --optimizer adam --num-envs 8 --num-steps 16 --max-grad-norm 0.5"
+    rows = {}
+    for more in ("", " --compile", " --matmul-precision medium", " --compile --matmul-precision medium"):
+        for n in (1, os.cpu_count()):
+            words = f"{flags} --num-threads {n}{more}"
+            rows[f"{n} threads{more}"] = lambda words=words: ours(words, 16_000, after=4_000)
+    compare("a2c_sync.py, Pong from pixels, 8 environments x 16 steps, steps/s", rows, options.rounds)
 
 
 def native(options: Options):
@@ -211,18 +246,23 @@ PLAIN = {
 
 
 def replay(options: Options):
-    print(f"off_policy_ac.py, K = 10, one thread, updates per second in {options.rounds} rounds")
-    flags = "--num-action-samples 10 --updates-per-step 20 --total-timesteps 300 --learning-starts 100"
-    a, b = [], []
+    """Updates per second: twenty for each step, so that the environment does not count."""
+    tasks = {"CartPole-v1": "", "HalfCheetah-v5": "--env-id HalfCheetah-v5"}
     with tempfile.TemporaryDirectory() as folder:
         plain = variant(Path(folder), "off_policy_ac", "plain", PLAIN)
-        for _ in range(options.rounds):
-            for script, into in ((ROOT / "off_policy_ac.py", a), (plain, b)):
-                end = run(script, f"{flags} --eval-episodes 1", 1, Path(folder) / f"{len(into)}_{script.parent.name}")
-                into.append(end | {"sps": end["updates"] / end["seconds"]})
-    line("off_policy_ac.py", a)
-    line("plain code", b)
-    ratio(a, b)
+        for task, flags in tasks.items():
+            flags += " --num-action-samples 10 --updates-per-step 20 --learning-starts 150"
+            rows = {
+                name: lambda words=words, script=script: ours(f"{flags} {words}", 400, script=script, after=200)
+                for name, script, words in (
+                    ("plain code", plain, ""),
+                    ("off_policy_ac.py", ROOT / "off_policy_ac.py", ""),
+                    ("--matmul-precision highest", ROOT / "off_policy_ac.py", "--matmul-precision highest"),
+                    ("--compile", ROOT / "off_policy_ac.py", "--compile"),
+                    ("--compile, highest", ROOT / "off_policy_ac.py", "--compile --matmul-precision highest"),
+                )
+            }
+            compare(f"off_policy_ac.py, {task}, K = 10, steps of 20 updates/s", rows, options.rounds)
 
 
 def buffer_worker(name: str, calls: int) -> dict:
@@ -309,26 +349,22 @@ def sac_worker(library: str) -> dict:
 
 
 def sac(options: Options):
-    print(f"SAC, HalfCheetah-v5, one update a step, all {os.cpu_count()} cores, steps/s in {options.rounds} rounds")
-    starts, first, total = SAC_STEPS
-    flags = f"--env-id HalfCheetah-v5 --learning-starts {starts} --num-threads {os.cpu_count()}"
-    a, b, c = [], [], []
-    for _ in range(options.rounds):
-        a.append(ours(flags, total, script="sac.py", after=first))
-        b.append(theirs(sac="sb3"))
-        c.append(theirs(sac="sbx"))
-    line("sac.py", a, digits=1)
-    line("Stable-Baselines3", b, digits=1)
-    line("SBX", c, digits=1)
-    ratio(a, b)
-    ratio(a, c)
+    cores, (starts, first, total) = os.cpu_count(), SAC_STEPS
+    rows = {"Stable-Baselines3": lambda: theirs(sac="sb3"), "SBX": lambda: theirs(sac="sbx")}
+    for words in ("", "--compile"):
+        for precision in ("auto", "highest", "medium"):
+            flags = f"--env-id HalfCheetah-v5 --learning-starts {starts} --num-threads {cores} {words}"
+            flags += f" --matmul-precision {precision}"
+            rows[f"sac.py {words} {precision}"] = lambda flags=flags: ours(flags, total, script="sac.py", after=first)
+    compare(f"SAC, HalfCheetah-v5, one update a step, {cores} threads, steps/s", rows, options.rounds)
 
 
-def products_worker(num_threads: int) -> dict:
+def products_worker(num_threads: int, precision: str) -> dict:
     """Milliseconds of what one update of sac.py multiplies: 16 products of 256 x 256 matrices, two at a time."""
     import torch
 
     torch.set_num_threads(num_threads)
+    torch.set_float32_matmul_precision(precision)
     a, b = torch.randn(2, 2, 256, 256)
     for _ in range(100):
         torch.bmm(a, b)
@@ -343,16 +379,16 @@ def update(options: Options):
     cores, (starts, first, total) = os.cpu_count(), SAC_STEPS
     rows = {f"{n} threads, {name}": f"--num-threads {n} {more}" for n in (1, cores) for name, more in UPDATES.items()}
     times = {name: [] for name in rows}
-    products = {n: [] for n in (1, cores)}
+    products = {(n, precision): [] for n in (1, cores) for precision in ("highest", "medium")}
     for _ in range(options.rounds):
-        for n, into in products.items():
-            into.append(theirs(products=n))
+        for (n, precision), into in products.items():
+            into.append(theirs(products=n, precision=precision))
         for name, flags in rows.items():
             flags = f"--env-id HalfCheetah-v5 --learning-starts {starts} {flags}"
             end = ours(flags, total, script="sac.py", after=first)
             times[name].append(end | {"ms": 1e3 / end["sps"]})
-    for n, each in products.items():
-        line(f"{n} threads, matrix products alone", each, "ms", 2)
+    for (n, precision), each in products.items():
+        line(f"{n} threads, matrix products, {precision}", each, "ms", 2)
     for name, each in times.items():
         line(name, each, "ms", 2)
 
@@ -425,7 +461,7 @@ def worker(spec: dict) -> dict:
     if "adam" in spec:
         return adam_worker(spec["adam"])
     if "products" in spec:
-        return products_worker(spec["products"])
+        return products_worker(spec["products"], spec["precision"])
     if "buffer" in spec:
         return buffer_worker(spec["buffer"], spec["calls"])
     return raw_worker(spec["num_envs"], spec["seconds"]) if spec.pop("raw", False) else sb3_worker(**spec)
@@ -436,6 +472,7 @@ if __name__ == "__main__":
     if options.worker:
         print(json.dumps(worker(json.loads(options.worker))))
         sys.exit()
-    for part in (equal, native, solve, replay, buffer, sac, update, denormals, workers, race):
+    print(processor())
+    for part in (equal, native, solve, replay, buffer, sac, pixels, update, denormals, workers, race):
         if options.part in ("all", part.__name__):
             part(options)

@@ -21,7 +21,7 @@ CLIPPED = {"max_grad_norm": 0.5, "optimizer": "adam", "network": "shared"}
 SHORT = {
     a2c_sync: {"num_envs": 1, "num_steps": 5},
     off_policy_ac: {"learning_starts": 50, "batch_size": 16},
-    sac: {"learning_starts": 50, "batch_size": 16, "num_threads": 1},
+    sac: {"learning_starts": 50, "batch_size": 16},
 }
 CASES = {
     "sac": (sac, {}, lambda: sac.ActorCritic(3, 2, 2, 1.0)),

@@ -41,7 +41,7 @@ SHORT = {
     a2c_sync: {"total_timesteps": 120, "num_envs": 2, "num_steps": 3},
     a3c_async: {"total_timesteps": 120, "num_workers": 1, "envs_per_worker": 2, "num_steps": 3},
     off_policy_ac: {"total_timesteps": 120, "learning_starts": 60, "batch_size": 16, "buffer_size": 200},
-    sac: {"total_timesteps": 120, "learning_starts": 60, "batch_size": 16, "buffer_size": 200, "num_threads": 1},
+    sac: {"total_timesteps": 120, "learning_starts": 60, "batch_size": 16, "buffer_size": 200},
 }
 EVERY = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 

@@ -55,7 +55,7 @@ def until_next_second(run_dir="."):
 
 # --- Bit-identical ----------------------------------------------------------------------------------------------------
 
-RESUMED = {"num_envs": 4, "total_timesteps": 6_000, "checkpoint_every": 300, "eval_episodes": 3, "num_threads": 1}
+RESUMED = {"num_envs": 4, "total_timesteps": 6_000, "checkpoint_every": 300, "eval_episodes": 3}
 SLOWER = {"num_envs": 2, "total_timesteps": 600, "checkpoint_every": 60, "learning_starts": 50, "batch_size": 16}
 KILLED = {
     "default": (a2c_sync, {}),
