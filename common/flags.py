@@ -56,7 +56,7 @@ class RunArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto: cuda if there is one"""
     num_threads: Count = 1
-    """CPU threads of torch; more pay for large networks on idle cores only, beside other work they wait for each other"""
+    """CPU threads of torch; more pay for large networks on idle cores only, since they wait for each other"""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """of products of float32 matrices; auto: exact, by the fastest route; highest: exact; high: TF32 on a GPU, else as
     highest; medium: bfloat16 where the machine has units for it, on a CPU in convolutions, too"""

@@ -28,7 +28,7 @@ from common.flags import ROOT, NotFinite, RunArgs, Saved, UserError, check_range
 from common.logger import Logger
 from common.precision import choose_precision, get_precision, set_precision
 
-LOG_EVERY = 500  # environment steps; with rollouts of up to 500, losses are logged at least every 1000
+LOG_EVERY = 500  # environment steps, or a thousandth of the run where that is more
 
 
 def isolated(train):
@@ -245,7 +245,7 @@ class Run:
     def log(self, metrics: dict):
         """Logs the metrics of the last update when it is time to; stops the run if a loss is not finite."""
         if self.log_due():
-            self._next_log = self.env_steps + LOG_EVERY
+            self._next_log = self.env_steps + max(LOG_EVERY, self.args.total_timesteps // 1_000)
             for name, value in metrics.items():
                 if name.endswith("loss") and not math.isfinite(value):
                     raise NotFinite(name)

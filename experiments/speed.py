@@ -22,6 +22,7 @@ import csv
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -71,6 +72,20 @@ def ours(flags: str, total_timesteps: int, seed: int = 1, script: str = "a2c_syn
             end["sps"] = (rows[-1][0] - steps) / (rows[-1][1] - seconds)
             end["to_20k"] = seconds + (20_000 - steps) / end["sps"]
         return end
+
+
+def long(script: str, flags: str, seconds: float, after: int) -> dict:
+    """Steps per second of a run that is ended after so many seconds, from `after` steps on."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, ROOT / script, *flags.split(), "--run-dir", Path(folder) / "run"]
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.terminate()
+        process.wait()
+        with open(Path(folder) / "run" / "metrics.csv") as file:
+            rows = [(int(r["env_steps"]), float(r["seconds"])) for r in csv.DictReader(file)]
+    steps, start = next(row for row in rows if row[0] >= after)
+    return {"sps": (rows[-1][0] - steps) / (rows[-1][1] - start)}
 
 
 def theirs(**spec) -> dict:
@@ -173,11 +188,12 @@ def equal(options: Options):
 
 def pixels(options: Options):
     flags = "--env-id ALE/Pong-v5 --network shared --optimizer adam --num-envs 8 --num-steps 16 --max-grad-norm 0.5"
+    flags += " --total-timesteps 2000000"
     rows = {}
     for more in ("", " --compile", " --matmul-precision medium", " --compile --matmul-precision medium"):
         for n in (1, os.cpu_count()):
             words = f"{flags} --num-threads {n}{more}"
-            rows[f"{n} threads{more}"] = lambda words=words: ours(words, 16_000, after=4_000)
+            rows[f"{n} threads{more}"] = lambda words=words: long("a2c_sync.py", words, 40, after=4_000)
     compare("a2c_sync.py, Pong from pixels, 8 environments x 16 steps, steps/s", rows, options.rounds)
 
 
@@ -246,14 +262,14 @@ PLAIN = {
 
 
 def replay(options: Options):
-    """Updates per second: twenty for each step, so that the environment does not count."""
+    """Steps of four updates, so that the environment does not count."""
     tasks = {"CartPole-v1": "", "HalfCheetah-v5": "--env-id HalfCheetah-v5"}
     with tempfile.TemporaryDirectory() as folder:
         plain = variant(Path(folder), "off_policy_ac", "plain", PLAIN)
         for task, flags in tasks.items():
-            flags += " --num-action-samples 10 --updates-per-step 20 --learning-starts 150"
+            flags += " --num-action-samples 10 --updates-per-step 4 --learning-starts 150"
             rows = {
-                name: lambda words=words, script=script: ours(f"{flags} {words}", 400, script=script, after=200)
+                name: lambda words=words, script=script: ours(f"{flags} {words}", 1_200, script=script, after=600)
                 for name, script, words in (
                     ("plain code", plain, ""),
                     ("off_policy_ac.py", ROOT / "off_policy_ac.py", ""),
@@ -262,7 +278,7 @@ def replay(options: Options):
                     ("--compile, highest", ROOT / "off_policy_ac.py", "--compile --matmul-precision highest"),
                 )
             }
-            compare(f"off_policy_ac.py, {task}, K = 10, steps of 20 updates/s", rows, options.rounds)
+            compare(f"off_policy_ac.py, {task}, K = 10, steps of 4 updates/s", rows, options.rounds)
 
 
 def buffer_worker(name: str, calls: int) -> dict:
