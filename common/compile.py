@@ -1,5 +1,6 @@
 """torch.compile for an update: everything from the targets to the target network in one graph."""
 
+import copy
 import sys
 
 import torch
@@ -28,10 +29,14 @@ class GraphOptimizer:
             state = {name: [optimizer.state[p][name] for p in params] for name in optimizer.state[params[0]]}
             lr = torch.tensor(float(group["lr"]), device=params[0].device)
             self.param_groups.append(group | {"lr": lr, "state": state})
+        self._rates = [group["lr"] for group in optimizer.param_groups]
 
     def take_rates(self):
-        for ours, group in zip(self.param_groups, self._optimizer.param_groups):
-            ours["lr"].fill_(group["lr"])
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        if rates != self._rates:
+            self._rates = rates
+            for group, rate in zip(self.param_groups, rates):
+                group["lr"].fill_(rate)
 
     def zero_grad(self):
         for group in self.param_groups:
@@ -59,6 +64,39 @@ def rmsprop_step(params, grads, group):
         p.sub_(group["lr"] * grad / (square_avg + group["eps"]).sqrt())
 
 
+class Replay:
+    """Calls of step(agent, optimizer, batch, args) on a GPU as replays of one CUDA graph: a launch instead of hundreds.
+
+    Always with the same agent, optimizer and args. Random numbers differ from replay to replay (torch sees to it).
+    """
+
+    def __init__(self, step):
+        self._step, self._calls, self._stream = step, 0, torch.cuda.Stream()
+        self._graph = torch.cuda.CUDAGraph()
+
+    def __call__(self, agent, optimizer, batch, args):
+        self._calls += 1
+        if self._calls <= 3:  # what torch does at the first calls must not be recorded, nor run in the usual stream
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                metrics = self._step(agent, optimizer, batch, args)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return metrics
+        if self._calls == 4:
+            self._batch = copy.deepcopy(batch)
+            with torch.cuda.graph(self._graph):  # records, and runs nothing
+                self._metrics = self._step(agent, optimizer, self._batch, args)
+        for place, tensor in zip(tensors(self._batch), tensors(batch)):
+            place.copy_(tensor)
+        self._graph.replay()
+        return self._metrics
+
+
+def tensors(batch) -> list[torch.Tensor]:
+    """Of a NamedTuple or a SimpleNamespace."""
+    return list(batch) if isinstance(batch, tuple) else list(vars(batch).values())
+
+
 def compiled(update, device: torch.device):
     """The same update as one graph; on a GPU as a CUDA graph. Raises UserError if that does not work here."""
     try:
@@ -66,8 +104,11 @@ def compiled(update, device: torch.device):
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"--compile needs what torch.compile needs, a C++ compiler above all: {reason}") from None
-    options = {"fallback_random": True} | ({"triton.cudagraphs": True} if device.type == "cuda" else {})
+    options = {"fallback_random": True}  # draws from torch's own generators
+    if device.type == "cuda":
+        options["loop_ordering_after_fusion"] = False  # fails on torch._foreach functions (torch 2.11)
     graph = torch.compile(update, fullgraph=True, options=options)
+    graph = Replay(graph) if device.type == "cuda" else graph
     optimizers = []  # the state is there when the first update comes, not before a run is resumed
 
     @torch._dynamo.config.patch(trace_autograd_ops=True)  # lets backward() stay inside the graph
