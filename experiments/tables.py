@@ -22,7 +22,7 @@ LUNAR = (
     "--env-id LunarLander-v3 --optimizer adam --num-envs 8 --num-steps 5 "
     "--actor-lr 5e-4 --critic-lr 3e-3 --ent-coef 0.05 --total-timesteps 2000000"
 )
-SAME = "--total-timesteps 100000 --learning-starts 10000 --num-threads 1"  # for both of the scripts compared
+SAME = "--total-timesteps 100000 --learning-starts 10000"  # for both of the scripts compared
 OURS = f"{SAME} --critic-lr 3e-4"  # the other's only learning rate
 LAGGARDS = [f"--num-workers {num}" for num in (1, 2, 4, 8, 16)]  # without, then with a slow one among four
 LAGGARDS += [f"--slow-worker {flags}" for flags in ("0.01", "0.1", "0.1 --max-lag 8")]
@@ -53,7 +53,7 @@ TABLES = {  # row: script, flags, seeds
         )
     },
     "sac": {
-        "Pendulum-v1": ("sac.py", "--total-timesteps 10000 --num-threads 1", 5),
+        "Pendulum-v1": ("sac.py", "--total-timesteps 10000", 5),
         "HalfCheetah-v5 sac.py": ("sac.py", f"--env-id HalfCheetah-v5 {OURS}", 3),
         "HalfCheetah-v5 Stable-Baselines3": ("experiments/sb3_sac.py", f"--env-id HalfCheetah-v5 {SAME}", 3),
         "Hopper-v5 sac.py": ("sac.py", f"--env-id Hopper-v5 {OURS}", 3),
