@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from common import ranks
 from common.compile import compiled
 from common.envs import make_envs
 from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, UserError
@@ -301,12 +302,15 @@ def decay_learning_rates(optimizer, progress):
         group["lr"] = group["initial_lr"] * max(0.0, 1 - progress)
 
 
-def trunk_gradients(agent, batch, args):
-    """How the two losses pull at the shared trunk (D2): the norm of either gradient, and the cosine between them."""
+def trunk_gradients(agent, batch, args, reduce=lambda gradient: gradient):
+    """How the two losses pull at the shared trunk (D2): the norm of either gradient, and the cosine between them.
+
+    reduce: what makes the gradient that of all ranks, if there are several.
+    """
 
     def gradient(value_coef):
         loss, _ = loss_fn(agent, batch, SimpleNamespace(**vars(args) | {"value_coef": value_coef}))
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.encoder.parameters()))])
+        return reduce(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.encoder.parameters()))]))
 
     actor_grad = gradient(value_coef=0.0)
     critic_grad = gradient(args.value_coef) - actor_grad  # the loss is a sum of the two
@@ -348,11 +352,11 @@ def train(args: Args) -> dict:
     run = Run(args, __file__)
     check_flags(args)
     update_fn = compiled(update, run.device) if args.compile else update
-    envs = make_envs(args)
+    envs = make_envs(args, ranks.part(args.num_envs))  # all of them, except under torchrun
     agent = make_agent(envs, args).to(run.device)
     optimizer = make_optimizer(agent, args)
 
-    T, N = args.num_steps, args.num_envs
+    T, N = args.num_steps, envs.num_envs
     rollout = make_rollout(envs, T, N)
     obs, actions, rewards, terminated, done = rollout
 
@@ -373,12 +377,14 @@ def train(args: Args) -> dict:
                 obs[t + 1], rewards[t], terminated[t], truncated, episodes = envs.step(actions[t])
                 done[t + 1] = np.maximum(terminated[t], truncated)
                 run.count(N - int(done[t].sum()), episodes)
-            if done[:-1].all():
+            if run.new_steps() == 0:
                 continue
 
             # Learn
             batch = Rollout(*(torch.as_tensor(array, device=run.device) for array in rollout))
-            conflict = trunk_gradients(agent, batch, args) if args.network == "shared" and run.log_due() else {}
+            conflict = (
+                trunk_gradients(agent, batch, args, run.reduce) if args.network == "shared" and run.log_due() else {}
+            )
             metrics = update_fn(agent, optimizer, batch, args)
             run.updates += 1
             run.log(metrics | conflict)

@@ -36,8 +36,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common.checkpoint import seed_generators
-from common.envs import env_seed, find_spec, make_envs
+from common.checkpoint import env_seed, seed_generators
+from common.envs import find_spec, make_envs
 from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, UserError
 from common.optim import RMSpropA3C
 from common.run import Run, isolated, run_cli

@@ -53,6 +53,11 @@ def load_checkpoint(run_dir: str | Path, script: str) -> dict:
     return content
 
 
+def env_seed(seed: int, env_steps: int, *worker: int) -> int:
+    """Seed for a reset of all environments (of a worker) at `env_steps`; environment i takes this plus i."""
+    return int(np.random.SeedSequence([seed, env_steps, *worker]).generate_state(1)[0] >> 2)
+
+
 def seed_generators(seed: int):
     random.seed(seed)
     np.random.seed(seed % 2**32)

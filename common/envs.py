@@ -16,13 +16,9 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
 from gymnasium.wrappers.vector import NormalizeObservation
 
+from common import ranks
 from common.checkpoint import seed_generators
 from common.flags import NotFinite, UserError
-
-
-def env_seed(seed: int, env_steps: int, *worker: int) -> int:
-    """Seed for a reset of all environments (of a worker) at `env_steps`; environment i takes this plus i."""
-    return int(np.random.SeedSequence([seed, env_steps, *worker]).generate_state(1)[0] >> 2)
 
 
 def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, discrete=True) -> "Envs":
@@ -109,6 +105,8 @@ class Envs(VectorWrapper):
         self._normalizes = normalize
         if normalize:
             self.env.update_running_mean = not evaluation
+            if ranks.SIZE > 1 and not evaluation:
+                self.env.obs_rms.update = ranks.Moments(self.env.obs_rms)
         shape, dtype = envs.single_observation_space.shape, envs.single_observation_space.dtype
         self.obs_spec = shape, np.dtype(np.float32) if len(shape) == 1 else dtype
         space = envs.single_action_space
@@ -171,9 +169,8 @@ class Envs(VectorWrapper):
 
     def state_dict(self) -> dict:
         """Mean, variance and count of --normalize-obs, if they are kept."""
-        return (
-            {k: torch.as_tensor(np.asarray(v)) for k, v in vars(self.env.obs_rms).items()} if self._normalizes else {}
-        )
+        names = ("mean", "var", "count") if self._normalizes else ()
+        return {name: torch.as_tensor(np.asarray(getattr(self.env.obs_rms, name))) for name in names}
 
     def load_state_dict(self, state: dict):
         if self._normalizes:  # the count as Python's number, or NumPy would compute the rest in its precision

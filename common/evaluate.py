@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from common.checkpoint import random_state, restore_random, seed_generators
-from common.envs import env_seed, make_envs
+from common.checkpoint import env_seed, random_state, restore_random, seed_generators
+from common.envs import make_envs
 from common.flags import UserError
 
 

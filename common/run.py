@@ -21,8 +21,15 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from common.checkpoint import load_checkpoint, random_state, restore_random, save_checkpoint, seed_generators
-from common.envs import env_seed
+from common import ranks
+from common.checkpoint import (
+    env_seed,
+    load_checkpoint,
+    random_state,
+    restore_random,
+    save_checkpoint,
+    seed_generators,
+)
 from common.evaluate import evaluate
 from common.flags import ROOT, NotFinite, RunArgs, Saved, UserError, check_ranges, saved_args
 from common.logger import Logger
@@ -57,19 +64,25 @@ def run_cli(train, Args):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # γ on a terminal without UTF-8
     module = sys.modules[train.__module__]
-    folder = None
-    for word, following in zip(sys.argv, [*sys.argv[1:], None]):
-        if word == "--resume" or word.startswith("--resume="):
-            folder = following if word == "--resume" else word.partition("=")[2]
-    try:
+
+    def parse() -> RunArgs:
+        folder = None
+        for word, following in zip(sys.argv, [*sys.argv[1:], None]):
+            if word == "--resume" or word.startswith("--resume="):
+                folder = following if word == "--resume" else word.partition("=")[2]
         # The resumed run's flags are the defaults of this command line
         default = None if folder is None else saved_args(folder, Args, Path(module.__file__).stem)
         args = tyro.cli(Args, default=default, description=module.__doc__.partition("\n\n")[0])
-        train(args if default is None else dataclasses.replace(args, resume=default.resume))
+        return args if default is None else dataclasses.replace(args, resume=default.resume)
+
+    try:
+        train(ranks.by_first(lambda: ranks.restarted(parse())))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if ranks.RANK == 0 or isinstance(error, NotFinite) else 1)
     except KeyboardInterrupt:  # before there is anything to go on with
         sys.exit(130)
+    except RuntimeError as error:
+        sys.exit(ranks.lost(error))
 
 
 class Run:
@@ -87,9 +100,11 @@ class Run:
 
     def __init__(self, args: RunArgs, script: str):
         self.args, self.script = args, Path(script)
-        self.env_steps = self.updates = self._next_log = 0
-        self._stop_signal, self._warned = None, False
+        self.env_steps = self.updates = self._next_log = self._new_steps = 0
+        self._stop_signal, self._all_stop, self._warned = None, False, False
+        self.share, self.reduce = 1.0, lambda gradient: gradient  # of several ranks: ranks.py
         check_ranges(args)
+        ranks.check(args, self.script)
         if args.run_dir is not None and not str(args.run_dir):
             raise UserError("--run-dir must not be empty.")
         if args.device == "cuda" and not torch.cuda.is_available():
@@ -102,9 +117,9 @@ class Run:
             raise UserError(f"--env-kwargs must be plain JSON: {error}.") from None
         env = args.env_id.replace("/", "-").replace(":", "-")
         default = f"runs/{env}__{self.script.stem}__{args.seed}__{time.time_ns()}"
-        self.name = str(args.resume or args.run_dir or default)
+        self.name = ranks.by_first(lambda: str(args.resume or args.run_dir or default))
         self.dir = Path(self.name).absolute()  # an environment may change the working directory
-        self._check_folder()
+        ranks.by_first(lambda: self._check_folder() and None)
         torch.set_num_threads(args.num_threads)
         seed_generators(args.seed)
 
@@ -138,23 +153,24 @@ class Run:
             with ExitStack() as stack:  # whatever happens, closes what has been opened
                 stack.push(after_all(lambda kind: parts["envs"].close(terminate=kind not in (None, SystemExit))))
                 try:
-                    self.dir.mkdir(parents=True, exist_ok=True)
-                    stack.callback(*lock(self.dir, self.name))
-                    saved = self._check_folder()  # again: another process may have been here until now
+                    saved = ranks.by_first(lambda: self._claim_folder(stack))
+                    ranks.join(self, parts["agent"])
                     if saved is not None:
                         self._restore(saved)
-                    (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
-                    write_json(self.dir / "args.json", {"script": self.script.stem} | vars(args) | {"resume": None})
                     self.precision = choose_precision(
                         args.matmul_precision, parts["agent"], self.device, saved and saved.get("matmul_precision")
                     )
                     set_precision(self.precision, "bf16" if args.matmul_precision == "medium" else "none")
-                    print(
-                        f"{self.script.name} on {args.env_id}, {self.device}, matrix products {self.precision}, "
-                        f"run folder {self.name}",
-                        file=sys.stderr,
-                    )
-                    self.logger = Logger(self.dir, args.total_timesteps, self.env_steps, saved and saved["logger"])
+                    self.logger = ranks.Follower()
+                    if ranks.RANK == 0:
+                        (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
+                        write_json(self.dir / "args.json", {"script": self.script.stem} | vars(args) | {"resume": None})
+                        print(
+                            f"{self.script.name} on {args.env_id}, {self.device}, matrix products {self.precision}, "
+                            f"run folder {self.name}",
+                            file=sys.stderr,
+                        )
+                        self.logger = Logger(self.dir, args.total_timesteps, self.env_steps, saved and saved["logger"])
                 except OSError as error:
                     raise UserError(f"The run folder {self.name!r} cannot be used: {error.strerror}.") from None
                 stack.push(after_all(lambda kind: self.logger.close()))
@@ -173,10 +189,15 @@ class Run:
                 raise
             raise UserError(f"{error.strerror}: make room, then go on with --resume {self.name!r}.") from None
         except NotFinite as error:
-            raise UserError(
+            raise NotFinite(
                 f"{error} is not finite at environment step {self.env_steps:,}; "
                 f"the last good checkpoint is in {self.name!r}."
             ) from None
+
+    def _claim_folder(self, stack: ExitStack) -> dict | None:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        stack.callback(*lock(self.dir, self.name))
+        return self._check_folder()  # again: another process may have been here until now
 
     def _request_stop(self, number, _frame):
         self._stop_signal = number
@@ -185,13 +206,18 @@ class Run:
     def env_seed(self) -> int:
         """For the reset of all environments at this step. Simulators cannot be saved, so every checkpoint resets them:
         an uninterrupted run at the same steps, so that a resumed one sees what it would have seen."""
-        return env_seed(self.args.seed, self.env_steps)
+        return env_seed(self.args.seed, self.env_steps, *ranks.own_seed())
 
     def checkpoint_due(self) -> bool:
-        return self.env_steps >= self._next_checkpoint or self._stop_signal is not None
+        return self.env_steps >= self._next_checkpoint or self._stops()
+
+    def _stops(self) -> bool:
+        return self._stop_signal is not None if ranks.SIZE == 1 else self._all_stop
 
     def save(self):
         """Writes a checkpoint; on Ctrl-C and SIGTERM the run ends here."""
+        random_states = ranks.gathered(random_state()) if ranks.SIZE > 1 else []
+        self._gather_episodes()
         states = {name: own(part.state_dict()) for name, part in self._parts.items()}
         for name, part in self._parts.items():
             if isinstance(part, torch.nn.Module) and not all(p.isfinite().all() for p in states[name].values()):
@@ -206,16 +232,20 @@ class Run:
             )
         counters = {"env_steps": self.env_steps, "updates": self.updates, "next_log": self._next_log}
         content = {"script": self.script.stem, **counters, "logger": self.logger.state_dict(), "parts": states}
-        save_checkpoint(self.dir, content | {"matmul_precision": self.precision})
+        content |= {"matmul_precision": self.precision, "ranks": random_states}
+        if ranks.RANK == 0:
+            save_checkpoint(self.dir, content)
         self._next_checkpoint = (self.env_steps // self._every + 1) * self._every
-        if self._stop_signal is not None:
+        if self._stops():
             self._stop()
 
     def _stop(self):
         self.logger.close()
+        if ranks.RANK > 0:
+            raise SystemExit(128 + signal.SIGTERM)
         command = f"python {shlex.quote(os.path.relpath(self.script))} --resume {shlex.quote(self.name)}"
         print(f"Stopped at environment step {self.env_steps:,}. Go on with\n  {command}", file=sys.stderr)
-        raise SystemExit(128 + self._stop_signal)
+        raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
 
     def _restore(self, saved: dict):
         try:
@@ -230,14 +260,27 @@ class Run:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"The checkpoint in {self.name!r} does not fit these flags: {reason}") from None
         self.env_steps, self.updates, self._next_log = saved["env_steps"], saved["updates"], saved["next_log"]
-        restore_random(saved["random"])
+        restore_random(ranks.own_random_state(saved, self.args))
 
     def count(self, steps: int, episodes: list):
         """Counts environment steps; `episodes` are those that ended in them: (environment, return, length) each."""
         self.env_steps += steps
+        self._new_steps += steps
         if episodes:
             self.logger.episodes(self.env_steps, episodes)
             self.logger.progress(self.env_steps)
+
+    def new_steps(self) -> int:
+        """Environment steps since the last call, under torchrun those of all ranks, which hear of a signal here."""
+        own_steps, self._new_steps = self._new_steps, 0
+        steps, signals = ranks.total(own_steps, self._stop_signal is not None)
+        self.share, self._all_stop = own_steps / max(steps, 1), signals > 0
+        self.env_steps += int(steps) - own_steps
+        return int(steps)
+
+    def _gather_episodes(self):
+        for env_steps, episodes in ranks.episodes_of_others(self.logger):
+            self.logger.episodes(env_steps, episodes)
 
     def log_due(self) -> bool:
         return self.env_steps >= self._next_log
@@ -245,6 +288,10 @@ class Run:
     def log(self, metrics: dict):
         """Logs the metrics of the last update when it is time to; stops the run if a loss is not finite."""
         if self.log_due():
+            if ranks.SIZE > 1:
+                names, values = metrics.keys(), ranks.total(*(self.share * float(x) for x in metrics.values()))
+                metrics = dict(zip(names, values))
+                self._gather_episodes()
             self._next_log = self.env_steps + max(LOG_EVERY, self.args.total_timesteps // 1_000)
             for name, value in metrics.items():
                 if name.endswith("loss") and not math.isfinite(value):
@@ -257,6 +304,9 @@ class Run:
         self.save()
         self.logger.progress(self.env_steps)
         self.logger.close()
+        ranks.stop()
+        if ranks.RANK > 0:
+            return {}
         env_state, returns, failure = self._parts["envs"].state_dict(), [math.nan], None
         try:
             self._parts["envs"].close()  # a simulator may be there once only

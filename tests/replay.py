@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from common.envs import env_seed
+from common.checkpoint import env_seed
 
 
 def recorded(cls):

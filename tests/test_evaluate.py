@@ -12,7 +12,8 @@ from conftest import ROOT, finish, start
 from helpers import checkpoint, metrics, same
 
 from a2c_sync import Args, train
-from common.envs import env_seed, make_envs
+from common.checkpoint import env_seed
+from common.envs import make_envs
 from common.evaluate import evaluate
 from evaluate import load_agent
 

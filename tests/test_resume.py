@@ -23,8 +23,8 @@ import off_policy_ac
 import sac
 from a2c_sync import Args, train
 from common import checkpoint as checkpoint_module
-from common.checkpoint import load_checkpoint, save_checkpoint
-from common.envs import env_seed, make_envs
+from common.checkpoint import env_seed, load_checkpoint, save_checkpoint
+from common.envs import make_envs
 from common.flags import UserError
 from common.logger import Logger
 from common.run import run_cli

@@ -1,0 +1,202 @@
+"""One run of a2c_sync.py on several processes or machines, each with its share of the environments (D5).
+
+    torchrun --standalone --nproc-per-node 2 a2c_sync.py --num-envs 64
+
+torchrun starts the processes and restarts them; torch.distributed adds up. Every rank holds the same parameters and
+optimizer state and makes the same updates; only the first one writes. Without torchrun nothing here runs.
+"""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from common.checkpoint import env_seed, random_state, seed_generators
+from common.flags import UserError, saved_args
+
+SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+TIMEOUT = timedelta(minutes=10)  # for the slowest rank, at whatever all wait for
+
+
+def start():
+    if SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group(timeout=TIMEOUT)  # gloo for a CPU's tensors, NCCL for a GPU's
+
+
+def stop():
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def part(num_envs: int) -> int:
+    """Environments of this rank: equal shares, the first ranks take one more if that leaves some over."""
+    return num_envs // SIZE + (RANK < num_envs % SIZE)
+
+
+def total(*numbers: float) -> list[float]:
+    """Each number added up over all ranks."""
+    if SIZE == 1:
+        return list(numbers)
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def gathered(thing) -> list:
+    """What each rank gives, on all of them."""
+    if SIZE == 1:
+        return [thing]
+    things = [None] * SIZE
+    dist.all_gather_object(things, thing)
+    return things
+
+
+def by_first(make):
+    """What make() returns on the first rank, on all of them. Where it fails there, all end."""
+    if SIZE == 1:
+        return make()
+    start()
+    result, failure = [None], None
+    if RANK == 0:
+        try:
+            result = [make()]
+        except BaseException as error:
+            code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+            result, failure = [SystemExit(code)], error
+    dist.broadcast_object_list(result)
+    if failure is not None:
+        raise failure
+    if isinstance(result[0], SystemExit):
+        raise result[0]
+    return result[0]
+
+
+def check(args, script: Path):
+    if SIZE > 1 and script.stem != "a2c_sync":
+        raise UserError(f"{script.name} is one process; torchrun is for a2c_sync.py (docs/scale.md).")
+    if SIZE > 1 and args.compile:
+        raise UserError("--compile is for one process.")
+    if args.num_envs is not None and args.num_envs < SIZE:
+        raise UserError(f"--num-envs {args.num_envs} does not give each of {SIZE} ranks an environment.")
+
+
+def restarted(args):
+    """After a restart by torchrun: from the last checkpoint."""
+    if not RESTARTED or args.resume is not None:
+        return args
+    if args.run_dir is None:
+        raise UserError("torchrun --max-restarts needs --run-dir, to find the last checkpoint.")
+    if not (Path(args.run_dir) / "checkpoint.pt").exists():
+        return args
+    return saved_args(args.run_dir, type(args), "a2c_sync")
+
+
+def lost(error: RuntimeError):
+    """Exit status of a rank that another one has left; raises what has another cause."""
+    if SIZE == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "Connection", "peer")):
+        raise error
+    return 1
+
+
+def own_seed() -> list[int]:
+    """What distinguishes the seeds of this rank from those of others."""
+    return [RANK] if SIZE > 1 else []
+
+
+def join(run, agent: torch.nn.Module):
+    """All ranks begin with the same parameters, add up their gradients, and draw other noise each."""
+    if SIZE > 1:
+        run.reduce = GradientSum(agent, lambda: run.share).reduce
+        seed_generators(env_seed(run.args.seed, 2**62, RANK))
+
+
+def own_random_state(saved: dict, args) -> dict:
+    """Of the generators of this rank, if as many ranks made the checkpoint; else they get new seeds."""
+    states = saved.get("ranks") or [saved["random"]]
+    if len(states) == SIZE:
+        return states[RANK]
+    if RANK == 0:
+        print(f"resumed with {SIZE} ranks instead of {len(states)}: their noise gets new seeds", file=sys.stderr)
+    seed_generators(env_seed(args.seed, saved["env_steps"], RANK, SIZE))
+    return random_state()
+
+
+class Follower:
+    """The logger of every rank but the first, which writes what all have seen."""
+
+    longest = 1
+
+    def __init__(self):
+        self.unsent = []
+
+    def episodes(self, env_steps: int, episodes: list):
+        self.unsent.append((env_steps, episodes))
+
+    def seconds(self) -> float:
+        return 1.0
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def log(self, *_): ...
+    def progress(self, *_): ...
+    def close(self): ...
+
+
+def episodes_of_others(logger) -> list:
+    """On the first rank, (env_steps, episodes) that the others have seen since the last call."""
+    if SIZE == 1:
+        return []
+    things = gathered(getattr(logger, "unsent", []))
+    if RANK > 0:
+        logger.unsent = []
+        return []
+    return sorted(each for things_of_one in things[1:] for each in things_of_one)
+
+
+class GradientSum:
+    """Makes backward() end with the gradient of the whole job's batch: the sum over ranks of share x gradient.
+
+    One message for all parameters, sent when the last of them has its gradient. `share` says what part of the whole
+    job's transitions are this rank's: a mean over ranks would weigh a transition more where there are fewer of them.
+    """
+
+    def __init__(self, module: torch.nn.Module, share):
+        self._params, self._share, self._arrived = list(module.parameters()), share, 0
+        for p in self._params:
+            dist.broadcast(p.data, 0)  # all begin with the first rank's
+            p.register_post_accumulate_grad_hook(self._count)
+
+    def _count(self, _):
+        self._arrived += 1
+        if self._arrived == len(self._params):
+            self._arrived = 0
+            grads = [p.grad for p in self._params]
+            flat = self.reduce(torch.cat([g.flatten() for g in grads]))
+            for g, summed in zip(grads, flat.split([g.numel() for g in grads])):
+                g.copy_(summed.view(g.shape))
+
+    def reduce(self, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient * self._share()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class Moments:
+    """The update of gymnasium's RunningMeanStd, with the observations of all ranks as one batch."""
+
+    def __init__(self, rms):
+        self._rms = rms
+
+    def __call__(self, x: np.ndarray):
+        x = np.asarray(x, np.float64)
+        sums = np.stack([np.full(x.shape[1:], float(len(x))), x.sum(0), (x**2).sum(0)])
+        dist.all_reduce(torch.from_numpy(sums))
+        n, first, second = sums
+        self._rms.update_from_moments(first / n, second / n - (first / n) ** 2, float(n.flat[0]))
