@@ -153,8 +153,8 @@ class NatureCNN(nn.Module):
         self.to(memory_format=torch.channels_last)  # a layout in memory; convolutions take a third less time on a CPU
 
     def forward(self, obs):
-        images = obs.reshape(-1, *obs.shape[-3:]).contiguous(memory_format=torch.channels_last).float()
-        return self.net(images.div_(255.0)).view(*obs.shape[:-3], 512)
+        images = obs.reshape(-1, *obs.shape[-3:]).contiguous(memory_format=torch.channels_last) / 255.0
+        return self.net(images).view(*obs.shape[:-3], 512)
 
 
 class Categorical:

@@ -86,7 +86,7 @@ class Args(RunArgs):
     lr_decay: bool = True
     """let the learning rates fall linearly to 0 at --total-timesteps"""
     compile: bool = False
-    """torch.compile the update, which takes up to a minute at the start; on a GPU with CUDA graphs"""
+    """torch.compile the update, which takes up to a minute before the first one; on a GPU with CUDA graphs"""
 
 
 def check_flags(args: Args):

@@ -79,7 +79,7 @@ class Args(RunArgs):
     critic_lr: Positive = 1e-3
     """learning rate of the critics"""
     compile: bool = False
-    """torch.compile the update, which takes up to a minute at the start; on a GPU with CUDA graphs"""
+    """torch.compile the update, which takes up to a minute before the first one; on a GPU with CUDA graphs"""
 
 
 def check_flags(args: Args):

@@ -1,7 +1,9 @@
 """torch.compile for an update: everything from the targets to the target network in one graph."""
 
 import copy
+import signal
 import sys
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.optim.adam import adam
@@ -64,6 +66,19 @@ def rmsprop_step(params, grads, group):
         p.sub_(group["lr"] * grad / (square_avg + group["eps"]).sqrt())
 
 
+@contextmanager
+def without_signals():
+    """Ctrl-C is for all processes of a terminal: without this it would end a C++ compiler, and its failure the run."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Replay:
     """Calls of step(agent, optimizer, batch, args) on a GPU as replays of one CUDA graph: a launch instead of hundreds.
 
@@ -99,8 +114,10 @@ def tensors(batch) -> list[torch.Tensor]:
 
 def compiled(update, device: torch.device):
     """The same update as one graph; on a GPU as a CUDA graph. Raises UserError if that does not work here."""
+    print("trying torch.compile, which takes seconds", file=sys.stderr)
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        with without_signals():  # here torch starts the threads and processes that will compile
+            torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"--compile needs what torch.compile needs, a C++ compiler above all: {reason}") from None
@@ -113,11 +130,12 @@ def compiled(update, device: torch.device):
 
     @torch._dynamo.config.patch(trace_autograd_ops=True)  # lets backward() stay inside the graph
     def compiled_update(agent, optimizer, batch, args):
-        if not optimizers:
-            tqdm.write("compiling the update, which takes up to a minute", file=sys.stderr)
-            optimizers.append(GraphOptimizer(optimizer))
-        optimizers[0].take_rates()
-        metrics = graph(agent, optimizers[0], batch, args)
+        with nullcontext() if optimizers else without_signals():
+            if not optimizers:
+                tqdm.write("compiling the update: up to a minute, in which Ctrl-C has to wait", file=sys.stderr)
+                optimizers.append(GraphOptimizer(optimizer))
+            optimizers[0].take_rates()
+            metrics = graph(agent, optimizers[0], batch, args)
         return {name: value.clone() for name, value in metrics.items()}  # the next call may use their memory again
 
     return compiled_update

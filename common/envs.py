@@ -198,9 +198,9 @@ def find_spec(env_id: str):
                 __import__(package)
             spec = gym.spec(name)
     except ModuleNotFoundError as error:
-        remedy = (
-            'pip install -e ".[atari]"' if error.name == "ale_py" else f"there is no package {error.name!r} to import"
-        )
+        remedy = f"there is no package {error.name!r} to import from here"
+        if error.name == "ale_py":
+            remedy = 'pip install -e ".[atari]"'
         raise UserError(f"--env-id {env_id}: {remedy}.") from None
     except gym.error.Error as error:
         raise UserError(f"--env-id {env_id}: {' '.join(str(error).split())}{similar(env_id)}") from None

@@ -223,7 +223,8 @@ class Run:
             if isinstance(part, torch.nn.Module) and not all(p.isfinite().all() for p in states[name].values()):
                 raise NotFinite(f"{name}'s weights")
         resets = hasattr(self._parts["envs"], "reset")  # worker processes go on
-        if resets and 0 < self.env_steps < self.args.total_timesteps and not self.logger.longest and not self._warned:
+        early = 0 < self.env_steps < self.args.total_timesteps and not self._stops()
+        if resets and early and not self.logger.longest and not self._warned:
             self._warned = True
             tqdm.write(
                 f"No episode has ended in {self.env_steps:,} environment steps. A checkpoint resets all environments; "
@@ -232,7 +233,9 @@ class Run:
             )
         counters = {"env_steps": self.env_steps, "updates": self.updates, "next_log": self._next_log}
         content = {"script": self.script.stem, **counters, "logger": self.logger.state_dict(), "parts": states}
-        content |= {"matmul_precision": self.precision, "ranks": random_states}
+        # What --matmul-precision auto has chosen; a flag's own value is a flag's
+        chosen = self.precision if self.args.matmul_precision == "auto" else None
+        content |= {"matmul_precision": chosen, "ranks": random_states}
         if ranks.RANK == 0:
             save_checkpoint(self.dir, content)
         self._next_checkpoint = (self.env_steps // self._every + 1) * self._every

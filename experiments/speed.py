@@ -1,6 +1,6 @@
 """Speed of the scripts next to Stable-Baselines3's, or to plainer code, measured in turn in one run:
 
-    pip install -e ".[bench]"
+    pip install -e ".[mujoco,atari,bench]"
     python experiments/speed.py                  all parts
     python experiments/speed.py --part equal     a2c_sync.py, eager and compiled, and Stable-Baselines3, equal settings
     python experiments/speed.py --part native    a2c_sync.py, 256 environments of gymnasium's native vector kind

@@ -2,13 +2,18 @@
 
 import copy
 import dataclasses
+import os
+import signal
+import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo
-from helpers import checkpoint, metrics, same
+from conftest import ROOT, finish, start
+from helpers import checkpoint, metrics, same, wait_for
 
 import a2c_sync
 import off_policy_ac
@@ -135,3 +140,19 @@ def test_a_run_may_be_resumed_compiled_or_not(workdir, script):
     for compile in (False, True):
         end = script.train(dataclasses.replace(load_args("parts"), compile=compile, total_timesteps=100 + 10 * compile))
         assert end["updates"] - whole["updates"] == (10 + 10 * compile) // (5 if script is a2c_sync else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1, 4, 8])
+def test_ctrl_c_while_the_update_is_compiled(workdir, monkeypatch, seconds):
+    """It comes to the C++ compiler, too, whose end would be the run's."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workdir.parent / "cache"))  # empty; torch wants no space in it
+    process = start(
+        ROOT / "a2c_sync.py", "--compile", "--run-dir", "run", cwd=workdir, real=True, start_new_session=True
+    )
+    wait_for(lambda: Path("run/checkpoint.pt").exists())
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130 and err.count("Stopped at environment step") == 1 and "Traceback" not in err
+    assert "No episode" not in err

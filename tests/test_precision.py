@@ -98,3 +98,7 @@ def test_a_resumed_run_keeps_what_auto_took(workdir, monkeypatch, found, other):
     monkeypatch.setattr(precision, "multiply", None)  # nothing can be measured
     assert train(total_timesteps=128) == found
     assert train(total_timesteps=192, matmul_precision=other) == other
+    monkeypatch.undo()
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr("common.run.choose_precision", lambda *args: str(args[3]))
+    assert train(total_timesteps=256, matmul_precision="auto") == "None"  # an asked-for one is no choice of auto's
