@@ -25,6 +25,8 @@ TIMEOUT = timedelta(minutes=10)  # for the slowest rank, at whatever all wait fo
 
 def start():
     if SIZE > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group(timeout=TIMEOUT)  # gloo for a CPU's tensors, NCCL for a GPU's
 
 

@@ -157,8 +157,9 @@ class Run:
                     ranks.join(self, parts["agent"])
                     if saved is not None:
                         self._restore(saved)
-                    self.precision = choose_precision(
-                        args.matmul_precision, parts["agent"], self.device, saved and saved.get("matmul_precision")
+                    chosen = saved and saved.get("matmul_precision")
+                    self.precision = ranks.by_first(
+                        lambda: choose_precision(args.matmul_precision, parts["agent"], self.device, chosen)
                     )
                     set_precision(self.precision, "bf16" if args.matmul_precision == "medium" else "none")
                     self.logger = ranks.Follower()
