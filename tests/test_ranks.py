@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from conftest import ROOT, environment
 from gymnasium.wrappers.utils import RunningMeanStd
 from helpers import checkpoint, metrics, processes, results, same, wait_for
 
+from a2c_sync import Args
 from common import ranks
+from common.run import Run
 
 
 def on_ranks(size, folder, plain_mean=False):
@@ -79,6 +82,45 @@ def test_shares_of_the_environments(monkeypatch):
         monkeypatch.setattr(ranks, "RANK", rank)
         shares.append(ranks.part(8))
     assert shares == [3, 3, 2]
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """A run of which another rank exists in imagination: what it adds to each number of ranks.total."""
+    others = []
+    monkeypatch.setattr(ranks, "SIZE", 2)
+    monkeypatch.setattr(ranks, "total", lambda *own: [a + b for a, b in zip(own, others, strict=True)])
+    monkeypatch.setattr(ranks, "gathered", lambda thing: [thing, [(7, [(0, 1.5, 3)]), (5, [(1, 2.5, 4)])]])
+    logged = SimpleNamespace(rows=[], ended=[])
+    logged.log = lambda *row: logged.rows.append(row)
+    logged.episodes = lambda *row: logged.ended.append(row)
+    logged.progress = lambda env_steps: None
+    run = Run.__new__(Run)
+    run.args, run.logger, run.env_steps, run._new_steps, run._next_log = Args(), logged, 10, 0, 0
+    run._stop_signal, run._all_stop = None, False
+    return run, others
+
+
+def test_steps_of_all_ranks_count_and_one_signal_stops_them(one_of_two):
+    run, others = one_of_two
+    run.count(6, [])
+    run.count(4, [])
+    others[:] = 30, 0
+    assert run.new_steps() == 40 and run.env_steps == 50 and run.share == 0.25
+    run._stop_signal = signal.SIGINT
+    assert not run._stops()  # not before all have heard of it
+    others[:] = 0, 0
+    assert run.new_steps() == 0 and run.env_steps == 50 and run.share == 0 and run._stops()
+    run._stop_signal, others[:] = None, (5, 1)
+    assert run.new_steps() == 5 and run._stops()
+
+
+def test_losses_are_the_means_over_all_transitions(one_of_two):
+    run, others = one_of_two
+    run.share, others[:] = 0.25, (0.75 * 8.0, 0.75 * 2.0)
+    run.log({"critic_loss": torch.tensor(4.0), "entropy": torch.tensor(1.0)})
+    assert run.logger.rows == [(10, {"critic_loss": 7.0, "entropy": 1.75})]
+    assert run.logger.ended == [(5, [(1, 2.5, 4)]), (7, [(0, 1.5, 3)])]  # of the other rank, in their order
 
 
 # --- torchrun ---------------------------------------------------------------------------------------------------------
