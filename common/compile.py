@@ -4,6 +4,7 @@ import copy
 import signal
 import sys
 from contextlib import contextmanager, nullcontext
+from types import FunctionType
 
 import torch
 from torch.optim.adam import adam
@@ -124,6 +125,8 @@ def compiled(update, device: torch.device):
     options = {"fallback_random": True}  # draws from torch's own generators
     if device.type == "cuda":
         options["loop_ordering_after_fusion"] = False  # fails on torch._foreach functions (torch 2.11)
+    # With a code object of its own: what one compiled run has learned of shapes and flags, no other has to check
+    update = FunctionType(update.__code__.replace(), update.__globals__, update.__name__)
     graph = torch.compile(update, fullgraph=True, options=options)
     graph = Replay(graph) if device.type == "cuda" else graph
     optimizers = []  # the state is there when the first update comes, not before a run is resumed

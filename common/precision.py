@@ -10,12 +10,10 @@ def choose_precision(wanted: str, agent: torch.nn.Module, device: torch.device, 
 
     On a CPU "highest" means MKL and "medium" oneDNN, which AMD's processors may run twice as fast. oneDNN computes in
     bfloat16 then, if the processor has matrix units for it, and else still in float32: so auto looks at the errors.
-    `saved`: what it chose when the run began, which a resumed run keeps.
+    `saved`: what it chose when the run began, which a resumed run keeps where that is as exact.
     """
-    if wanted != "auto" or saved is not None:
-        return saved if wanted == "auto" else wanted
-    if device.type != "cpu":
-        return "highest"
+    if wanted != "auto" or device.type != "cpu":
+        return "highest" if wanted == "auto" else wanted
     before, errors, times = torch.get_float32_matmul_precision(), {}, {}
     rows, columns = max((p.shape[-2:] for p in agent.parameters() if p.dim() in (2, 3)), key=torch.Size.numel)
     generator = torch.Generator().manual_seed(0)
@@ -29,8 +27,9 @@ def choose_precision(wanted: str, agent: torch.nn.Module, device: torch.device, 
             times[precision] = min(times.get(precision, 1.0), time.perf_counter() - start)
             errors[precision] = (product - exact).abs().max()
     torch.set_float32_matmul_precision(before)
-    as_exact = errors["medium"] <= 2 * errors["highest"]
-    return "medium" if as_exact and 1.3 * times["medium"] < times["highest"] else "highest"
+    if errors["medium"] > 2 * errors["highest"]:
+        return "highest"
+    return saved or ("medium" if 1.3 * times["medium"] < times["highest"] else "highest")
 
 
 multiply = torch.matmul

@@ -6,8 +6,11 @@ torchrun starts the processes and restarts them; torch.distributed adds up. Ever
 optimizer state and makes the same updates; only the first one writes. Without torchrun nothing here runs.
 """
 
+import atexit
 import os
+import shutil
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,10 +19,11 @@ import torch
 import torch.distributed as dist
 
 from common.checkpoint import env_seed, random_state, seed_generators
-from common.flags import UserError, saved_args
+from common.flags import UserError, read_args, saved_args
 
-SIZE, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+JOB = os.environ.get("TORCHELASTIC_RUN_ID")  # of torchrun; a cluster may set WORLD_SIZE for purposes of its own
+SIZE, RANK = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if JOB else (1, 0)
+RESTARTED = SIZE > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 TIMEOUT = timedelta(minutes=10)  # for the slowest rank, at whatever all wait for
 
 
@@ -28,12 +32,13 @@ def start():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group(timeout=TIMEOUT)  # gloo for a CPU's tensors, NCCL for a GPU's
+        atexit.register(dist.destroy_process_group)
 
 
-def stop():
+def wait():
+    """Until all ranks are here."""
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
 
 
 def part(num_envs: int) -> int:
@@ -84,26 +89,40 @@ def check(args, script: Path):
         raise UserError(f"{script.name} is one process; torchrun is for a2c_sync.py (docs/scale.md).")
     if SIZE > 1 and args.compile:
         raise UserError("--compile is for one process.")
+    if SIZE > 1 and args.device != "cpu" and 0 < torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+        raise UserError("a machine has more ranks than GPUs: fewer ranks, or --device cpu.")
     if args.num_envs is not None and args.num_envs < SIZE:
         raise UserError(f"--num-envs {args.num_envs} does not give each of {SIZE} ranks an environment.")
 
 
 def restarted(args):
-    """After a restart by torchrun: from the last checkpoint."""
+    """After a restart by torchrun: from the last checkpoint of the same job, or anew if it had none yet."""
     if not RESTARTED or args.resume is not None:
         return args
     if args.run_dir is None:
         raise UserError("torchrun --max-restarts needs --run-dir, to find the last checkpoint.")
-    if not (Path(args.run_dir) / "checkpoint.pt").exists():
+    folder = Path(args.run_dir)
+    if not (folder / "args.json").exists() or read_args(folder).get("job") != JOB:
         return args
-    return saved_args(args.run_dir, type(args), "a2c_sync")
+    if (folder / "checkpoint.pt").exists():
+        return saved_args(folder, type(args), "a2c_sync")
+    shutil.rmtree(folder)
+    return args
 
 
-def lost(error: RuntimeError):
-    """Exit status of a rank that another one has left; raises what has another cause."""
-    if SIZE == 1 or not any(word in str(error) for word in ("gloo", "NCCL", "Connection", "peer")):
+def failed(error: UserError) -> str | int:
+    """What a rank ends with. Where all fail alike, the first says it, and torchrun ends the others meanwhile."""
+    if RANK == 0:
+        return f"error: {error}"
+    time.sleep(3)
+    return f"error on rank {RANK}: {error}"
+
+
+def lost(error: RuntimeError) -> str:
+    """What a rank ends with that another one has left; raises what has another cause."""
+    if SIZE == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
         raise error
-    return 1
+    return f"rank {RANK} has lost the others: {' '.join(str(error).split())[:200]}"
 
 
 def own_seed() -> list[int]:
@@ -138,7 +157,7 @@ class Follower:
         self.unsent = []
 
     def episodes(self, env_steps: int, episodes: list):
-        self.unsent.append((env_steps, episodes))
+        self.unsent.append(episodes)
 
     def seconds(self) -> float:
         return 1.0
@@ -152,14 +171,14 @@ class Follower:
 
 
 def episodes_of_others(logger) -> list:
-    """On the first rank, (env_steps, episodes) that the others have seen since the last call."""
+    """On the first rank, the episodes that the others have seen end since the last call."""
     if SIZE == 1:
         return []
     things = gathered(getattr(logger, "unsent", []))
     if RANK > 0:
         logger.unsent = []
         return []
-    return sorted(each for things_of_one in things[1:] for each in things_of_one)
+    return [episodes for one in things[1:] for episodes in one]
 
 
 class GradientSum:

@@ -78,7 +78,7 @@ def run_cli(train, Args):
     try:
         train(ranks.by_first(lambda: ranks.restarted(parse())))
     except UserError as error:
-        sys.exit(f"error: {error}" if ranks.RANK == 0 or isinstance(error, NotFinite) else 1)
+        sys.exit(ranks.failed(error))
     except KeyboardInterrupt:  # before there is anything to go on with
         sys.exit(130)
     except RuntimeError as error:
@@ -165,7 +165,8 @@ class Run:
                     self.logger = ranks.Follower()
                     if ranks.RANK == 0:
                         (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
-                        write_json(self.dir / "args.json", {"script": self.script.stem} | vars(args) | {"resume": None})
+                        made_by = {"script": self.script.stem} | ({"job": ranks.JOB} if ranks.JOB else {})
+                        write_json(self.dir / "args.json", made_by | vars(args) | {"resume": None})
                         print(
                             f"{self.script.name} on {args.env_id}, {self.device}, matrix products {self.precision}, "
                             f"run folder {self.name}",
@@ -245,9 +246,10 @@ class Run:
 
     def _stop(self):
         self.logger.close()
+        ranks.wait()  # torchrun ends all ranks when one has ended: not before the first has saved
         if ranks.RANK > 0:
             raise SystemExit(128 + signal.SIGTERM)
-        command = f"python {shlex.quote(os.path.relpath(self.script))} --resume {shlex.quote(self.name)}"
+        command = f"{'python' if ranks.SIZE == 1 else 'torchrun ...'} {shlex.quote(os.path.relpath(self.script))} --resume {shlex.quote(self.name)}"
         print(f"Stopped at environment step {self.env_steps:,}. Go on with\n  {command}", file=sys.stderr)
         raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
 
@@ -283,8 +285,8 @@ class Run:
         return int(steps)
 
     def _gather_episodes(self):
-        for env_steps, episodes in ranks.episodes_of_others(self.logger):
-            self.logger.episodes(env_steps, episodes)
+        for episodes in ranks.episodes_of_others(self.logger):
+            self.logger.episodes(self.env_steps, episodes)
 
     def log_due(self) -> bool:
         return self.env_steps >= self._next_log
@@ -308,7 +310,7 @@ class Run:
         self.save()
         self.logger.progress(self.env_steps)
         self.logger.close()
-        ranks.stop()
+        ranks.wait()
         if ranks.RANK > 0:
             return {}
         env_state, returns, failure = self._parts["envs"].state_dict(), [math.nan], None

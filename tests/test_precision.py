@@ -82,6 +82,14 @@ def test_what_was_asked_for_is_taken(wanted):
 def test_on_a_gpu_auto_is_highest(monkeypatch):
     routes(monkeypatch, exact)
     assert choose_precision("auto", LAYER, torch.device("cuda")) == "highest"
+    assert choose_precision("auto", LAYER, torch.device("cuda"), saved="medium") == "highest"
+
+
+def test_what_auto_took_elsewhere_is_kept_where_it_is_exact(monkeypatch):
+    routes(monkeypatch, exact, {"medium": 0.003})
+    assert choose_precision("auto", LAYER, CPU, saved="medium") == "medium"
+    routes(monkeypatch, bfloat16)
+    assert choose_precision("auto", LAYER, CPU, saved="medium") == "highest"
 
 
 @pytest.mark.parametrize("found, other", [("medium", "highest"), ("highest", "medium")])
@@ -95,7 +103,7 @@ def test_a_resumed_run_keeps_what_auto_took(workdir, monkeypatch, found, other):
     a2c_sync.train(a2c_sync.Args(total_timesteps=64, run_dir="run", num_envs=2, eval_episodes=1))
     assert checkpoint("run")["matmul_precision"] == results("run")["matmul_precision"] == found
     monkeypatch.setattr("common.run.choose_precision", choose_precision)
-    monkeypatch.setattr(precision, "multiply", None)  # nothing can be measured
+    routes(monkeypatch, exact, {found: 0.002, other: 0.001})  # today it would be the other one
     assert train(total_timesteps=128) == found
     assert train(total_timesteps=192, matmul_precision=other) == other
     monkeypatch.undo()

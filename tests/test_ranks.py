@@ -1,6 +1,7 @@
 """Under torchrun, several ranks learn what one process with all environments would learn."""
 
 import csv
+import json
 import os
 import random
 import signal
@@ -20,6 +21,8 @@ from helpers import checkpoint, metrics, processes, results, same, wait_for
 
 from a2c_sync import Args
 from common import ranks
+from common.checkpoint import random_state, restore_random
+from common.flags import UserError
 from common.run import Run
 
 
@@ -90,7 +93,7 @@ def one_of_two(monkeypatch):
     others = []
     monkeypatch.setattr(ranks, "SIZE", 2)
     monkeypatch.setattr(ranks, "total", lambda *own: [a + b for a, b in zip(own, others, strict=True)])
-    monkeypatch.setattr(ranks, "gathered", lambda thing: [thing, [(7, [(0, 1.5, 3)]), (5, [(1, 2.5, 4)])]])
+    monkeypatch.setattr(ranks, "gathered", lambda thing: [thing, [[(0, 1.5, 3)], [(1, 2.5, 4)]]])
     logged = SimpleNamespace(rows=[], ended=[])
     logged.log = lambda *row: logged.rows.append(row)
     logged.episodes = lambda *row: logged.ended.append(row)
@@ -120,7 +123,68 @@ def test_losses_are_the_means_over_all_transitions(one_of_two):
     run.share, others[:] = 0.25, (0.75 * 8.0, 0.75 * 2.0)
     run.log({"critic_loss": torch.tensor(4.0), "entropy": torch.tensor(1.0)})
     assert run.logger.rows == [(10, {"critic_loss": 7.0, "entropy": 1.75})]
-    assert run.logger.ended == [(5, [(1, 2.5, 4)]), (7, [(0, 1.5, 3)])]  # of the other rank, in their order
+    assert run.logger.ended == [(10, [(0, 1.5, 3)]), (10, [(1, 2.5, 4)])]  # of the other rank
+
+
+def test_every_rank_has_seeds_of_its_own(monkeypatch):
+    run = Run.__new__(Run)
+    run.args, run.env_steps, seeds, draws = Args(), 0, [Run.env_seed(SimpleNamespace(args=Args(), env_steps=0))], []
+    monkeypatch.setattr(ranks, "SIZE", 2)
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "RANK", rank)
+        seeds.append(run.env_seed())
+        state = ranks.own_random_state({"env_steps": 5, "random": random_state(), "ranks": []}, run.args)
+        restore_random(state)
+        draws.append(torch.rand(1).item())
+    assert len(set(seeds)) == 3 and draws[0] != draws[1]
+
+
+@pytest.fixture
+def restart(monkeypatch, workdir):
+    """The folder of a job that torchrun has restarted."""
+    monkeypatch.setattr(ranks, "RESTARTED", True)
+    monkeypatch.setattr(ranks, "JOB", "this one")
+    Path("run").mkdir()
+
+    def made_by(job):
+        Path("run/args.json").write_text(json.dumps({"script": "a2c_sync", "job": job, "gamma": 0.5}))
+
+    return made_by
+
+
+def test_a_restart_goes_on_with_its_own_job_only(restart):
+    args = Args(run_dir="run", gamma=0.9)
+    restart("this one")
+    Path("run/checkpoint.pt").touch()
+    found = ranks.restarted(args)
+    assert found.resume == "run" and found.gamma == 0.5 and found.run_dir is None
+    restart("another")
+    assert ranks.restarted(args) is args and Path("run/checkpoint.pt").exists()  # which is then refused: in use
+    with pytest.raises(UserError, match="needs --run-dir"):
+        ranks.restarted(Args())
+
+
+def test_a_restart_before_the_first_checkpoint_begins_anew(restart):
+    restart("this one")
+    args = Args(run_dir="run")
+    assert ranks.restarted(args) is args and not Path("run").exists()
+
+
+def test_only_a_lost_rank_is_one(monkeypatch):
+    monkeypatch.setattr(ranks, "SIZE", 2)
+    with pytest.raises(RuntimeError, match="physics"):
+        ranks.lost(RuntimeError("Connection to the physics server lost by its peer"))
+    assert "has lost the others" in ranks.lost(
+        RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:547] peer")
+    )
+
+
+def test_what_torchrun_is_not_for_is_refused(monkeypatch):
+    monkeypatch.setattr(ranks, "SIZE", 2)
+    for args, script in ((Args(compile=True), "a2c_sync"), (Args(num_envs=1), "a2c_sync"), (Args(), "sac")):
+        with pytest.raises(UserError):
+            ranks.check(args, Path(f"{script}.py"))
+    ranks.check(Args(), Path("a2c_sync.py"))
 
 
 # --- torchrun ---------------------------------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ def rank(rank, size, folder, plain_mean=False):
     found["moments"] = {name: torch.as_tensor(getattr(rms, name)) for name in ("mean", "var", "count")}
     found["others"] = ranks.gathered(rank)
     torch.save(found, Path(folder) / f"{rank}.pt")
-    ranks.stop()
+    ranks.wait()
+    dist.destroy_process_group()
 
 
 def observations():
