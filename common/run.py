@@ -249,7 +249,8 @@ class Run:
         ranks.wait()  # torchrun ends all ranks when one has ended: not before the first has saved
         if ranks.RANK > 0:
             raise SystemExit(128 + signal.SIGTERM)
-        command = f"{'python' if ranks.SIZE == 1 else 'torchrun ...'} {shlex.quote(os.path.relpath(self.script))} --resume {shlex.quote(self.name)}"
+        launcher = "python" if ranks.SIZE == 1 else "torchrun ..."
+        command = f"{launcher} {shlex.quote(os.path.relpath(self.script))} --resume {shlex.quote(self.name)}"
         print(f"Stopped at environment step {self.env_steps:,}. Go on with\n  {command}", file=sys.stderr)
         raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
 
