@@ -102,6 +102,7 @@ class Run:
         self.args, self.script = args, Path(script)
         self.env_steps = self.updates = self._next_log = self._new_steps = 0
         self._stop_signal, self._all_stop, self._warned = None, False, False
+        self._restored = None, {}  # environment steps and the environments' state in the checkpoint
         self.share, self.reduce = 1.0, lambda gradient: gradient  # of several ranks: ranks.py
         check_ranges(args)
         ranks.check(args, self.script)
@@ -267,6 +268,7 @@ class Run:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"The checkpoint in {self.name!r} does not fit these flags: {reason}") from None
         self.env_steps, self.updates, self._next_log = saved["env_steps"], saved["updates"], saved["next_log"]
+        self._restored = self.env_steps, saved["parts"]["envs"]
         restore_random(ranks.own_random_state(saved, self.args))
 
     def count(self, steps: int, episodes: list):
@@ -308,6 +310,8 @@ class Run:
     def finish(self, **extra) -> dict:
         """Last checkpoint, greedy evaluation, results.json, summary. `extra` goes into results.json."""
         args, seconds = self.args, self.logger.seconds()
+        if self.env_steps == self._restored[0]:  # not a step more: statistics must not count the reset before it
+            self._parts["envs"].load_state_dict(self._restored[1])
         self.save()
         self.logger.progress(self.env_steps)
         self.logger.close()

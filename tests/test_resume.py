@@ -439,3 +439,13 @@ def test_the_folder_of_another_machine_can_be_resumed(workdir, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert train(dataclasses.replace(load_args(workdir / "moved"), total_timesteps=200))["env_steps"] >= 200
     assert not (ROOT / "run").exists() and not (workdir / "run").exists()
+
+
+def test_a_run_killed_in_its_evaluation_is_evaluated_with_the_same_statistics(workdir):
+    """The reset before the first step counts in the running mean of --normalize-obs, but no step comes."""
+    flags = dict(run_dir="run", num_envs=3, num_steps=4, total_timesteps=200, normalize_obs=True, eval_episodes=3)
+    a2c_sync.train(a2c_sync.Args(**flags))
+    before, wanted = checkpoint("run"), results("run")
+    Path("run/results.json").unlink()
+    a2c_sync.train(load_args("run"))
+    assert same(checkpoint("run")["parts"], before["parts"]) and results("run") == wanted
