@@ -448,4 +448,5 @@ def test_a_run_killed_in_its_evaluation_is_evaluated_with_the_same_statistics(wo
     before, wanted = checkpoint("run"), results("run")
     Path("run/results.json").unlink()
     a2c_sync.train(load_args("run"))
-    assert same(checkpoint("run")["parts"], before["parts"]) and results("run") == wanted
+    after, before = checkpoint("run")["parts"], before["parts"]
+    assert same(after["envs"], before["envs"]) and results("run") == wanted
