@@ -382,9 +382,9 @@ def train(args: Args) -> dict:
 
             # Learn
             batch = Rollout(*(torch.as_tensor(array, device=run.device) for array in rollout))
-            conflict = (
-                trunk_gradients(agent, batch, args, run.reduce) if args.network == "shared" and run.log_due() else {}
-            )
+            conflict = {}
+            if args.network == "shared" and run.log_due():
+                conflict = trunk_gradients(agent, batch, args, run.reduce)
             metrics = update_fn(agent, optimizer, batch, args)
             run.updates += 1
             run.log(metrics | conflict)

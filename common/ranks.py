@@ -110,7 +110,7 @@ def restarted(args):
     return args
 
 
-def failed(error: UserError) -> str | int:
+def failed(error: UserError) -> str:
     """What a rank ends with. Where all fail alike, the first says it, and torchrun ends the others meanwhile."""
     if RANK == 0:
         return f"error: {error}"
@@ -123,11 +123,6 @@ def lost(error: RuntimeError) -> str:
     if SIZE == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
         raise error
     return f"rank {RANK} has lost the others: {' '.join(str(error).split())[:200]}"
-
-
-def own_seed() -> list[int]:
-    """What distinguishes the seeds of this rank from those of others."""
-    return [RANK] if SIZE > 1 else []
 
 
 def join(run, agent: torch.nn.Module):

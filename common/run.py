@@ -192,7 +192,7 @@ class Run:
                 raise
             raise UserError(f"{error.strerror}: make room, then go on with --resume {self.name!r}.") from None
         except NotFinite as error:
-            raise NotFinite(
+            raise UserError(
                 f"{error} is not finite at environment step {self.env_steps:,}; "
                 f"the last good checkpoint is in {self.name!r}."
             ) from None
@@ -209,7 +209,7 @@ class Run:
     def env_seed(self) -> int:
         """For the reset of all environments at this step. Simulators cannot be saved, so every checkpoint resets them:
         an uninterrupted run at the same steps, so that a resumed one sees what it would have seen."""
-        return env_seed(self.args.seed, self.env_steps, *ranks.own_seed())
+        return env_seed(self.args.seed, self.env_steps, ranks.RANK)  # a single process's are rank 0's
 
     def checkpoint_due(self) -> bool:
         return self.env_steps >= self._next_checkpoint or self._stops()

@@ -66,26 +66,28 @@ def ours(flags: str, total_timesteps: int, seed: int = 1, script: str = "a2c_syn
     with tempfile.TemporaryDirectory() as folder:
         end = run(script, flags, seed, Path(folder) / "run", threshold=475)
         if after:
-            with open(Path(folder) / "run" / "metrics.csv") as file:
-                rows = [(int(r["env_steps"]), float(r["seconds"])) for r in csv.DictReader(file)]
-            steps, seconds = next(row for row in rows if row[0] >= after)
-            end["sps"] = (rows[-1][0] - steps) / (rows[-1][1] - seconds)
-            end["to_20k"] = seconds + (20_000 - steps) / end["sps"]
+            end |= speed(Path(folder) / "run", after)
         return end
 
 
+def speed(run_dir: Path, after: int) -> dict:
+    """Steps per second from `after` steps on, and the seconds for 20,000 steps, warm-up included."""
+    with open(run_dir / "metrics.csv") as file:
+        rows = [(int(r["env_steps"]), float(r["seconds"])) for r in csv.DictReader(file)]
+    steps, seconds = next(row for row in rows if row[0] >= after)
+    sps = (rows[-1][0] - steps) / (rows[-1][1] - seconds)
+    return {"sps": sps, "to_20k": seconds + (20_000 - steps) / sps}
+
+
 def long(script: str, flags: str, seconds: float, after: int) -> dict:
-    """Steps per second of a run that is ended after so many seconds, from `after` steps on."""
+    """The speed of a run that is ended after so many seconds, from `after` steps on."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, ROOT / script, *flags.split(), "--run-dir", Path(folder) / "run"]
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(seconds)
         process.terminate()
         process.wait()
-        with open(Path(folder) / "run" / "metrics.csv") as file:
-            rows = [(int(r["env_steps"]), float(r["seconds"])) for r in csv.DictReader(file)]
-    steps, start = next(row for row in rows if row[0] >= after)
-    return {"sps": (rows[-1][0] - steps) / (rows[-1][1] - start)}
+        return speed(Path(folder) / "run", after)
 
 
 def theirs(**spec) -> dict:

@@ -56,6 +56,18 @@ def random_rollout(agent, actions, T=4, N=8):
     return a2c_sync.Rollout(obs, actions, torch.randn(T, N), done[1:] * (torch.rand(T, N) < 0.5), done)
 
 
+def updates(functions, agents, optimizers, batches, args, num):
+    """What each of the functions gives for the same batch and noise, with rates that fall; `num` times."""
+    for k in range(num):
+        metrics = []
+        for update, agent, optimizer in zip(functions, agents, optimizers):
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-4 * (1 - k / num)
+            torch.manual_seed(k)
+            metrics.append(update(agent, optimizer, batches[k % len(batches)], args))
+        yield metrics
+
+
 @pytest.mark.parametrize("Optimizer", [partial(torch.optim.Adam, fused=True), RMSpropA3C])
 def test_an_optimizer_for_graphs_is_the_optimizer(Optimizer):
     """On one optimizer's state, step by step, with rates that change; either may go on where the other stopped."""
@@ -96,14 +108,8 @@ def test_a_compiled_update_is_one_graph_and_the_eager_one_to_rounding(case):
     optimizers = script.make_optimizer(eager, args), script.make_optimizer(agent, args)
     update, seen = compiled(script.update, torch.device("cpu")), set()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for k in range(200):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 3e-4 * (1 - k / 200)
-        torch.manual_seed(k)
-        wanted = script.update(eager, optimizers[0], batches[k % 10], args)
-        torch.manual_seed(k)
-        found = update(agent, optimizers[1], batches[k % 10], args)
+    pairs = updates((script.update, update), (eager, agent), optimizers, batches, args, num=200)
+    for k, (wanted, found) in enumerate(pairs):
         assert found.keys() == wanted.keys()
         if k < 50:
             for name in wanted:

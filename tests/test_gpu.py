@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import checkpoint
-from test_compile import CASES, SHORT, random_batch
+from test_compile import CASES, SHORT, random_batch, updates
 
 import a2c_sync
 import sac
@@ -37,18 +37,10 @@ def test_replayed_updates_are_the_eager_ones(case):
     eager = eager.to(CUDA)
     agent = copy.deepcopy(eager)
     optimizers = script.make_optimizer(eager, args), script.make_optimizer(agent, args)
-    update, losses, same_batch = compiled(script.update, CUDA), [], []
-    for k in range(20):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 3e-4 * (1 - k / 20)
-        torch.manual_seed(k)
-        wanted = script.update(eager, optimizers[0], batches[k % 5], args)
-        torch.manual_seed(k)
-        found = update(agent, optimizers[1], batches[k % 5], args)
-        losses.append((wanted["critic_loss"].item(), found["critic_loss"].item()))
-    for wanted, found in losses:  # read after all replays: what an update returned is its own
-        assert found == pytest.approx(wanted, rel=0.02, abs=0.01)
+    update = compiled(script.update, CUDA)
+    pairs = list(updates((script.update, update), (eager, agent), optimizers, batches, args, num=20))
+    for wanted, found in pairs:  # read after all replays: what an update returned is its own
+        assert found["critic_loss"].item() == pytest.approx(wanted["critic_loss"].item(), rel=0.02, abs=0.01)
     for p, q in zip(agent.parameters(), eager.parameters()):
         torch.testing.assert_close(p, q, rtol=0.02, atol=0.01)
     if script is not a2c_sync:  # whose update draws nothing
