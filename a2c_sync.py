@@ -67,6 +67,8 @@ class Args(RunArgs):
     """gradients of a network are scaled down to this norm; 0.5 is usual, but makes V forget what is rare (docs)"""
     normalize_obs: bool = False
     """scale each element of a vector observation by its running mean and variance"""
+    reward_scale: Positive = 1.0
+    """factor of the rewards that are learned from; where returns are in the hundreds, V learns faster with less"""
     compile: bool = False
     """torch.compile the update, which takes up to a minute before the first one; on a GPU with CUDA graphs"""
 

@@ -88,6 +88,8 @@ class Args(RunArgs):
     """let the learning rates fall linearly to 0 at --total-timesteps"""
     max_grad_norm: Positive | None = None
     """gradients of a network are scaled down to this norm; 0.5 is usual, but makes V forget what is rare (docs)"""
+    reward_scale: Positive = 1.0
+    """factor of the rewards that are learned from; where returns are in the hundreds, V learns faster with less"""
 
     def total_envs(self) -> int:
         return self.num_workers * envs_of_worker(self)

@@ -64,7 +64,8 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
     except UserError:
         envs.close()
         raise
-    return Envs(envs, getattr(args, "normalize_obs", False), evaluation, atari)
+    reward_scale = 1.0 if evaluation else getattr(args, "reward_scale", 1.0)
+    return Envs(envs, getattr(args, "normalize_obs", False), evaluation, atari, reward_scale)
 
 
 class WithoutInfos(gym.Wrapper):
@@ -100,7 +101,7 @@ class Envs(VectorWrapper):
     `obs_spec`, `action_spec`: shape and dtype of one entry; `num_actions`: choices if `discrete`, else dimensions.
     """
 
-    def __init__(self, envs, normalize: bool, evaluation: bool, atari: bool):
+    def __init__(self, envs, normalize: bool, evaluation: bool, atari: bool, reward_scale: float = 1.0):
         super().__init__(NormalizeObservation(envs) if normalize else envs)
         self._normalizes = normalize
         if normalize:
@@ -119,7 +120,7 @@ class Envs(VectorWrapper):
             self._bounds = space.low, space.high
             low, high = space.low.astype(np.float64), space.high.astype(np.float64)
             self._center, self._half_range = (high + low) / 2, (high - low) / 2
-        self._atari, self._clip_rewards = atari, atari and not evaluation
+        self._atari, self._clip_rewards, self._reward_scale = atari, atari and not evaluation, reward_scale
 
     def reset(self, *, seed):
         """`seed`: one for all, or a list with one for each environment."""
@@ -157,6 +158,8 @@ class Envs(VectorWrapper):
             self._returns[i], self._lengths[i] = 0, -1  # the next step only resets
         if self._clip_rewards:
             rewards = rewards.clip(-1, 1)
+        if self._reward_scale != 1:
+            rewards = rewards * self._reward_scale
         return obs, rewards, terminated, truncated, episodes
 
     def close(self, terminate: bool = False):

@@ -69,6 +69,17 @@ def test_atari_rewards_are_clipped_for_learning_and_true_in_the_statistics(monke
         envs.close()
 
 
+def test_scaled_rewards_are_for_learning_only():
+    args = Args(env_id="Acrobot-v1", num_envs=2, reward_scale=0.25)
+    training, evaluation = (make_envs(args, evaluation=evaluation) for evaluation in (False, True))
+    for envs, expected in ((training, -0.25), (evaluation, -1.0)):
+        envs.reset(seed=0)
+        steps = [envs.step(np.array([0, 2])) for _ in range(500)]  # its time limit
+        assert all(rewards.tolist() == [expected] * 2 for _, rewards, *_ in steps)
+        assert [(episodic_return, length) for _, episodic_return, length in steps[-1][4]] == [(-500.0, 500)] * 2
+        envs.close()
+
+
 @pytest.mark.parametrize(
     "flags", [{"vectorization": "sync"}, {"vectorization": "async"}, {"normalize_obs": True}], ids=str
 )
