@@ -6,6 +6,7 @@ import time
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -72,12 +73,10 @@ class Logger:
 
     def histogram(self, env_steps: int, tag: str, counts: dict[int, int]):
         """TensorBoard's histogram of whole numbers: value -> how often; a bucket each. Of none, nothing."""
-        if not counts:
-            return
-        values = range(min(counts), max(counts) + 1)
-        moments = [sum(n**power * count for n, count in counts.items()) for power in (0, 1, 2)]
-        limits, buckets = [n + 0.5 for n in values], [counts.get(n, 0) for n in values]
-        self._events.add_histogram_raw(tag, values[0], values[-1], *moments, limits, buckets, env_steps)
+        if counts:
+            values = np.repeat(list(counts), list(counts.values()))
+            edges = np.arange(min(counts), max(counts) + 2) - 0.5
+            self._events.add_histogram(tag, values, env_steps, bins=edges)
 
     def close(self):
         if not self._csv.closed:
