@@ -1,0 +1,119 @@
+"""The lecture's claims, each run, plotted and judged:  python -m experiments {list,run,plot,report,curves}
+
+Needs the extra: pip install -e ".[plot,mujoco,box2d]"
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from experiments.claims import CLAIMS
+from experiments.report import report as write_report
+from experiments.report import shown
+from experiments.runner import DATA, ROOT, run_claim, training_episodes
+
+FIGURES, PAGE = ROOT / "docs" / "figures", ROOT / "docs" / "claims.md"
+Name = Annotated[str, tyro.conf.Positional]
+
+
+def chosen(name: str) -> list:
+    found = [claim for claim in CLAIMS if name in ("all", claim.name)]
+    if not found:
+        sys.exit(f"There is no claim {name!r}; there are all, {', '.join(claim.name for claim in CLAIMS)}.")
+    return found
+
+
+def list_(commands: bool = False):
+    """The claims.
+
+    Args:
+        commands: with the commands that each compares
+    """
+    for claim in CLAIMS:
+        print(shown(claim) if commands else shown(claim).partition("\n")[0])
+
+
+def run(
+    claim: Name,
+    task: str = "",
+    seeds: int | None = None,
+    jobs: int = 2,
+    quick: bool = False,
+    out: Path = Path("runs/claims"),
+):
+    """Makes the runs that a claim's data lacks, then its figure and table.
+
+    Args:
+        claim: name of a claim, or all
+        task: only the tasks whose name begins so
+        seeds: as many, from 100 on; by default what the claim says
+        jobs: runs at a time, one thread each; claims about time take one
+        quick: two short runs of everything, which say nothing; data, figures and page go to the folder of the runs
+        out: folder of the runs; a run that was interrupted goes on
+    """
+    claims, out = chosen(claim), out.absolute()
+    data, figures, page = (out / "data", out / "figures", out / "claims.md") if quick else (DATA, FIGURES, PAGE)
+    failed = 0
+    for each in claims:
+        failed += run_claim(each, task, seeds, jobs, quick, out, data)
+        draw(each, data, figures)
+    write_report(CLAIMS, data, page)
+    if failed:
+        sys.exit(f"{failed} runs failed.")
+
+
+def draw(claim, data: Path, figures: Path):
+    from experiments.figures import plot_claim
+
+    if (data / f"{claim.name}.runs.csv").exists():
+        print(plot_claim(claim, data, figures))
+
+
+def plot(claim: Name = "all"):
+    """Draws a claim's figure again, from the data in the repository.
+
+    Args:
+        claim: name of a claim, or all
+    """
+    for each in chosen(claim):
+        draw(each, DATA, FIGURES)
+
+
+def report():
+    """Writes the tables and verdicts of docs/claims.md again, from the data in the repository."""
+    write_report(CLAIMS, DATA, PAGE)
+
+
+def curves(
+    run_dirs: Annotated[list[Path], tyro.conf.Positional], out: Path = Path("curves.png"), seconds: bool = False
+):
+    """Training return of any run folders; those that differ in nothing but their seed are one curve.
+
+    Args:
+        run_dirs: run folders
+        out: picture to write
+        seconds: over seconds, not environment steps
+    """
+    from experiments.figures import plot_runs
+
+    groups, saved = {}, {folder: json.loads((folder / "args.json").read_text()) for folder in run_dirs}
+    differing = {
+        name for flags in saved.values() for name in flags
+        if len({json.dumps(other.get(name)) for other in saved.values()}) > 1
+    } - {"seed", "run_dir", "resume"}  # fmt: skip
+    for folder, flags in saved.items():
+        label = " ".join([flags["script"], flags["env_id"], *(f"{n} {flags.get(n)}" for n in sorted(differing))])
+        episodes = training_episodes(folder)
+        if episodes:
+            groups.setdefault(label, []).append((episodes, episodes[-1][0]))
+    if not groups:
+        sys.exit("No episode has ended in these runs.")
+    print(plot_runs(groups, out, seconds))
+
+
+if __name__ == "__main__":
+    commands = {"list": list_, "run": run, "plot": plot, "report": report, "curves": curves}
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)

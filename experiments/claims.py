@@ -1,0 +1,339 @@
+"""The claims of the lecture: for each the commands it compares, what is measured, and what would have to come out."""
+
+from dataclasses import dataclass
+
+from experiments.judge import Expect
+
+
+@dataclass(frozen=True)
+class Claim:
+    name: str
+    sentence: str
+    decisions: str
+    tasks: dict[str, dict[str, str]]  # task -> row -> command
+    expected: list[Expect]
+    measures: tuple[str, ...] = ("return", "training return")  # the first is drawn
+    seeds: int = 5
+    x: str = "env_steps"  # or seconds, of the curves
+    timed: bool = False  # one run at a time
+    log: bool = False  # the drawn measure's axis
+
+
+E100 = "--eval-episodes 100"
+A2C = f"a2c_sync.py {E100}"
+A3C = f"a3c_async.py {E100}"
+OFF = f"off_policy_ac.py {E100} --compile"
+SAC = f"sac.py {E100} --total-timesteps 10000"
+VARIANT = "experiments.variants."
+LUNAR = (
+    f"{A2C} --env-id LunarLander-v3 --gamma 0.999 --ent-coef 0.003 --actor-lr 2e-3 --normalize-obs --max-grad-norm 0.5 "
+    "--reward-scale 0.05 --total-timesteps 1000000"
+)
+SHARED = {f"shared, c = {c}": f"--network shared --value-coef {c}" for c in (0.05, 0.25, 0.5, 2)}
+STEPS = "--total-timesteps 200000"
+SLOW = "--env-id experiments.uneven:SlowCartPole-v0 --total-timesteps 60000 --eval-episodes 1 --checkpoint-every 60000"
+EIGHT = {  # eight environments at a time, so batches of 64 transitions in each
+    "a2c_sync.py": f"a2c_sync.py {SLOW} --vectorization async --num-envs 8 --actor-lr 5e-3",
+    "a3c_async.py, pooled": f"a3c_async.py {SLOW} --num-workers 8 --envs-per-worker 1 --update pooled --batch-size 64 "
+    "--actor-lr 5e-3",
+    "a3c_async.py, hogwild": f"a3c_async.py {SLOW} --num-workers 8 --envs-per-worker 1 --actor-lr 5e-3",
+}
+EVEN = {row: command + """ --env-kwargs '{"uneven": false}'""" for row, command in EIGHT.items()}
+LAG = f"{VARIANT}a2c_lag {E100} {STEPS}"
+PENDULUM = "--env-id Pendulum-v1 --total-timesteps 15000"
+NAIVE = {
+    "both mistakes (D9)": f"{OFF} --critic v --actor-actions buffer",
+    "Q, the buffer's actions (D10)": f"{OFF} --actor-actions buffer",
+    "Q, fresh actions (D10, D11)": OFF,
+}
+
+
+def tweaks(flags: str) -> dict[str, str]:
+    """SAC (D18) with one part taken out at a time."""
+    parts = {
+        "all of SAC": "sac.py",
+        "no entropy in the target": f"{VARIANT}sac_hard_target",
+        "fixed temperature 0.2": "sac.py --alpha 0.2",
+        "one critic": "sac.py --num-critics 1",
+        "no target network": "sac.py --tau 1",
+        "no correction for tanh": f"{VARIANT}sac_no_correction",
+        "one σ for all states": f"{VARIANT}sac_one_std",
+    }
+    return {row: f"{command} {flags}" for row, command in parts.items()}
+
+
+CLAIMS = [
+    Claim(
+        "trunk",
+        "Separate networks are more stable. Shared ones can be more efficient, and need tuning.",
+        "D1, D2",
+        {
+            "CartPole-v1": {"separate": f"{A2C} {STEPS}"} | {r: f"{A2C} {STEPS} {f}" for r, f in SHARED.items()},
+            "LunarLander-v3": {"separate": f"{LUNAR} --critic-lr 4e-3"}
+            | {r: f"{LUNAR} {f}" for r, f in SHARED.items()},
+        },
+        [
+            *(Expect("separate", row, "worst stretch") for row in SHARED),
+            Expect("shared, c = 0.5", "separate", "training return"),
+            Expect("shared, c = 0.5", "shared, c = 0.05"),
+            Expect("shared, c = 0.5", "shared, c = 2"),
+        ],
+        measures=("return", "training return", "worst stretch"),
+    ),
+    Claim(
+        "batch",
+        "A batch of one transition is a bad idea for deep networks.",
+        "D3, D5",
+        {
+            "CartPole-v1": {
+                "1 transition (D3)": f"{A2C} {STEPS} --num-envs 1 --num-steps 1 --actor-lr 3e-4 --critic-lr 1e-3",
+                "1 environment, 8 steps": f"{A2C} {STEPS} --num-envs 1 --actor-lr 1e-3",
+                "4 environments": f"{A2C} {STEPS} --num-envs 4 --actor-lr 5e-3",
+                "8 environments": f"{A2C} {STEPS} --num-envs 8 --actor-lr 5e-3",
+                "32 environments": f"{A2C} {STEPS} --num-envs 32",
+                "128 environments": f"{A2C} {STEPS} --num-envs 128",
+                "32 environments, 5 times the steps": f"{A2C} --total-timesteps 1000000 --num-envs 32",
+            }
+        },
+        [
+            *(Expect(row, "1 transition (D3)") for row in ("4 environments", "8 environments", "32 environments")),
+            Expect("32 environments", "1 transition (D3)", "seconds to 400", lower=True),
+            Expect("32 environments, 5 times the steps", "1 transition (D3)", "seconds", lower=True),
+        ],
+        measures=("return", "training return", "steps to 400", "seconds to 400", "seconds"),
+        timed=True,
+    ),
+    Claim(
+        "asynchronous",
+        "Where simulators are uneven, not to wait for the slowest is faster in wall-clock time.",
+        "D6",
+        {"uneven steps, 5 ms on average": EIGHT, "even steps of 5 ms": EVEN},
+        [
+            Expect(row, "a2c_sync.py", measure, lower=True, task="uneven steps, 5 ms on average")
+            for row in list(EIGHT)[1:]
+            for measure in ("seconds", "seconds to 400")
+        ],
+        measures=("seconds", "seconds to 400", "training return"),
+        x="seconds",
+        timed=True,
+    ),
+    Claim(
+        "lag",
+        "Actors that are slightly older do no harm; much older ones do.",
+        "D7",
+        {
+            "CartPole-v1": {f"lag {lag}": f"{LAG} --lag {lag}" for lag in (0, 1, 4, 16, 64, 256)}
+            | {f"lag {lag}, old gradient": f"{LAG} --lag {lag} --old-gradient" for lag in (4, 16, 64)}
+        },
+        [
+            Expect("lag 1", "lag 0", "training return", margin=25),
+            Expect("lag 4", "lag 0", "training return", margin=25),
+            Expect("lag 0", "lag 64"),
+            Expect("lag 0", "lag 256"),
+        ],
+        measures=("return", "training return", "worst stretch"),
+    ),
+    Claim(
+        "naive",
+        "Replay done naively fails: Q repairs the critic, fresh actions repair the actor, and it takes both.",
+        "D9, D10, D11",
+        {"CartPole-v1": NAIVE, "Pendulum-v1": {row: f"{command} {PENDULUM}" for row, command in NAIVE.items()}},
+        [
+            Expect("Q, fresh actions (D10, D11)", "both mistakes (D9)"),
+            Expect("Q, fresh actions (D10, D11)", "Q, the buffer's actions (D10)"),
+            Expect("Q, the buffer's actions (D10)", "both mistakes (D9)"),
+        ],
+    ),
+    Claim(
+        "importance",
+        "Importance weights can take the place of fresh actions.",
+        "D12",
+        {
+            "CartPole-v1": {
+                "V, the buffer's actions": f"{OFF} --critic v --actor-actions buffer",
+                "V, weighted": f"{OFF} --critic v --actor-actions importance",
+                "Q, the buffer's actions": f"{OFF} --actor-actions buffer",
+                "Q, weighted": f"{OFF} --actor-actions importance",
+                "Q, fresh actions": OFF,
+            }
+        },
+        [
+            Expect("V, weighted", "V, the buffer's actions"),
+            Expect("Q, weighted", "Q, the buffer's actions"),
+            Expect("V, weighted", "Q, fresh actions", margin=25),
+            Expect("Q, weighted", "Q, fresh actions", margin=25),
+        ],
+    ),
+    Claim(
+        "samples",
+        "A baseline and more action samples lower the variance of the gradient, and with it comes learning.",
+        "D13, D14",
+        {
+            task: {
+                "K = 1, plain Q": f"{OFF} {flags} --num-action-samples 1 --baseline none",
+                "K = 8, plain Q": f"{OFF} {flags} --baseline none",
+                "K = 64, plain Q": f"{OFF} {flags} --num-action-samples 64 --baseline none",
+                "K = 2, baseline": f"{OFF} {flags} --num-action-samples 2",
+                "K = 8, baseline": f"{OFF} {flags}",
+            }
+            for task, flags in {"CartPole-v1": "", "Pendulum-v1": PENDULUM}.items()
+        },
+        [
+            Expect("K = 8, plain Q", "K = 1, plain Q"),
+            Expect("K = 64, plain Q", "K = 8, plain Q"),
+            Expect("K = 8, baseline", "K = 8, plain Q"),
+        ],
+    ),
+    Claim(
+        "buffer",
+        "States of older policies may stay in the buffer.",
+        "D15",
+        {
+            "CartPole-v1": {
+                f"{size:,} transitions": f"{OFF} --buffer-size {size}" for size in (1000, 3000, 10000, 1000000)
+            },
+            "Pendulum-v1, sac.py": {
+                f"{size:,} transitions": f"{SAC} --buffer-size {size}" for size in (1000, 3000, 1000000)
+            },
+        },
+        [
+            Expect("1,000,000 transitions", "1,000 transitions"),
+            Expect("1,000,000 transitions", "3,000 transitions", margin=25),
+        ],
+    ),
+    Claim(
+        "reparam",
+        "Reparameterization is the better estimator: of less variance, and better to learn with.",
+        "D16",
+        {
+            "Pendulum-v1": {
+                "reparameterized, K = 1": SAC,
+                "reparameterized, K = 8": f"{SAC} --num-action-samples 8",
+                "score function, K = 2": f"{SAC} --estimator score --num-action-samples 2",
+                "score function, K = 8": f"{SAC} --estimator score --num-action-samples 8",
+            }
+        },
+        [
+            Expect("reparameterized, K = 1", "score function, K = 2", "training return"),
+            Expect("reparameterized, K = 1", "score function, K = 8", "training return"),
+        ],
+    ),
+    Claim(
+        "variance",
+        "The gradient's variance falls with samples and baseline, and most of all with reparameterization.",
+        "D13, D14, D16",
+        {
+            "off_policy_ac.py, Pendulum-v1": {
+                "": f"{VARIANT}gradient_variance off_policy_ac --env-id Pendulum-v1 --total-timesteps 5000"
+            },
+            "sac.py, Pendulum-v1": {"": f"{VARIANT}gradient_variance sac --total-timesteps 5000"},
+        },
+        [
+            Expect("", "", "baseline, K = 8", than="plain Q, K = 8", lower=True),
+            Expect("", "", "plain Q, K = 64", than="plain Q, K = 8", lower=True),
+            Expect("", "", "reparam, K = 1", than="score, K = 8", lower=True),
+        ],
+        measures=(
+            *(f"plain Q, K = {K}" for K in (1, 2, 8, 64)),
+            *(f"baseline, K = {K}" for K in (2, 8, 64)),
+            *(f"score, K = {K}" for K in (2, 8, 64)),
+            *(f"reparam, K = {K}" for K in (1, 8)),
+        ),
+        log=True,
+    ),
+    Claim(
+        "targets",
+        "Target networks and the smaller of two critics keep Q from overestimating.",
+        "D17",
+        {
+            task: {
+                row: f"{VARIANT}sac_q_bias {E100} {steps} {flags}"
+                for row, flags in {
+                    "two critics, target network": "",
+                    "one critic": "--num-critics 1",
+                    "no target network": "--tau 1",
+                    "neither": "--num-critics 1 --tau 1",
+                }.items()
+            }
+            for task, steps in {
+                "Pendulum-v1": "--total-timesteps 10000",
+                "Hopper-v5": "--compile --env-id Hopper-v5 --total-timesteps 50000 --learning-starts 5000",
+            }.items()
+        },
+        [
+            Expect("two critics, target network", "one critic", "q_bias", lower=True),
+            Expect("two critics, target network", "no target network", "q_bias", lower=True),
+            Expect("two critics, target network", "neither", "q_bias", lower=True),
+            Expect("two critics, target network", "neither"),
+        ],
+        measures=("q_bias", "return", "q", "true_q"),
+    ),
+    Claim(
+        "sac",
+        "Each of SAC's parts is worth having.",
+        "D18",
+        {
+            "Pendulum-v1": tweaks(f"{E100} --total-timesteps 10000"),
+            "Hopper-v5": tweaks(f"{E100} --compile --env-id Hopper-v5 --total-timesteps 50000 --learning-starts 5000"),
+        },
+        [Expect("all of SAC", row, "training return") for row in list(tweaks(""))[1:]],
+    ),
+    Claim(
+        "which",
+        "Off-policy needs fewer steps; on-policy less computation for each, so that it is done sooner.",
+        "D19",
+        {
+            "CartPole-v1": {"a2c_sync.py": A2C, "a3c_async.py": A3C, "off_policy_ac.py": f"off_policy_ac.py {E100}"},
+            "InvertedPendulum-v5": {
+                "a2c_sync.py": f"{A2C} --env-id InvertedPendulum-v5 --ent-coef 0 {STEPS}",
+                "a3c_async.py": f"{A3C} --env-id InvertedPendulum-v5 --ent-coef 0 {STEPS}",
+                "off_policy_ac.py": f"off_policy_ac.py {E100} --env-id InvertedPendulum-v5",
+                "sac.py": f"sac.py {E100} --env-id InvertedPendulum-v5 --total-timesteps 10000",
+            },
+        },
+        [
+            Expect("off_policy_ac.py", "a2c_sync.py", "steps to 475", lower=True),
+            Expect("sac.py", "a2c_sync.py", "steps to 475", lower=True),
+            Expect("a2c_sync.py", "off_policy_ac.py", "seconds to 475", lower=True),
+            Expect("a2c_sync.py", "sac.py", "seconds to 475", lower=True),
+        ],
+        measures=("steps to 475", "seconds to 475", "return"),
+        timed=True,
+        log=True,
+    ),
+    Claim(
+        "mistakes",
+        "The mistakes of famous code cost something.",
+        "pitfalls",
+        {
+            "a2c_sync.py, CartPole-v1": {
+                "right": f"{A2C} {STEPS}",
+                "time limit taken for an end": f"{VARIANT}a2c_truncation {E100} {STEPS}",
+                "reset steps learned from": f"{VARIANT}a2c_reset_steps {E100} {STEPS}",
+                "RMSprop's ε outside the root": f"{VARIANT}a2c_rmsprop {E100} {STEPS}",
+            },
+            "a3c_async.py, CartPole-v1": {
+                "right": f"{A3C} {STEPS}",
+                "gradients that accumulate": f"{VARIANT}a3c_accumulate {E100} {STEPS}",
+            },
+            "off_policy_ac.py, CartPole-v1": {
+                "right": OFF,
+                "time limit taken for an end": f"{VARIANT}off_policy_ac_truncation {E100} --compile",
+            },
+            "sac.py, Pendulum-v1": {
+                "right": SAC,
+                "time limit taken for an end": SAC.replace("sac.py", f"{VARIANT}sac_truncation"),
+            },
+        },
+        [
+            Expect("right", row, "training return")
+            for row in (
+                "time limit taken for an end",
+                "reset steps learned from",
+                "RMSprop's ε outside the root",
+                "gradients that accumulate",
+            )
+        ],
+        measures=("return", "training return", "worst stretch"),
+    ),
+]

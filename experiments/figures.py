@@ -1,0 +1,102 @@
+"""Pictures of claims and of run folders, readable in black and white. Needs the extra: pip install -e ".[plot]" """
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from experiments.judge import interval, iqm
+from experiments.runner import curve, read
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 1))]
+UNITS = {
+    "return": "greedy return, 100 episodes",
+    "training return": "mean training return",
+    "seconds": "seconds",
+    "q_bias": "Q − what followed",
+    "steps to 475": "environment steps to a return of 475",
+    "seconds to 475": "seconds to a return of 475",
+    "seconds to 400": "seconds to a return of 400",
+}
+
+
+def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False, unit: str = "training return"):
+    """row -> a curve (points, 3) of env_steps, seconds, return for each seed; thin lines, IQM and interval."""
+    for i, (row, seeds) in enumerate(lines.items()):
+        column = 1 if seconds else 0
+        grid = np.linspace(0, min(each[-1, column] for each in seeds), 101)[1:]
+        grid = grid[grid >= max(each[0, column] for each in seeds)]  # where every seed has finished an episode
+        values = np.stack([np.interp(grid, each[:, column], each[:, 2]) for each in seeds], 1)
+        color, style = f"C{i % 10}", LINES[i % len(LINES)]
+        for each in seeds:
+            axes.plot(each[:, column], each[:, 2], color=color, linewidth=0.4, alpha=0.5)
+        axes.plot(grid, iqm(values), color=color, linestyle=style, linewidth=1.8, label=row)
+        if len(seeds) > 1:
+            axes.fill_between(grid, *interval(values), color=color, alpha=0.15, linewidth=0)
+    axes.set(xlabel="seconds" if seconds else "environment steps", ylabel=unit)
+    axes.grid(alpha=0.3)
+
+
+def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = False):
+    """row -> a value for each seed: a dot each, IQM and interval."""
+    for i, sample in enumerate(values.values()):
+        axes.plot(sample, [i] * len(sample), "o", color="grey", markersize=4, alpha=0.6, markeredgewidth=0)
+        axes.plot(iqm(sample), i, "k|", markersize=14, markeredgewidth=2)
+        axes.plot(interval(sample), [i, i], "k-", linewidth=1)
+    axes.set_yticks(range(len(values)), values)
+    axes.set(xlabel=unit, ylim=(len(values) - 0.5, -0.5), xscale="log" if log else "linear")
+    axes.grid(alpha=0.3, axis="x")
+
+
+def plot_claim(claim, data: Path, folder: Path) -> Path:
+    """For every task its curves, and beside them the claim's first measure."""
+    runs, points = (read(data / f"{claim.name}.{kind}.csv") for kind in ("runs", "curves"))
+    tasks = [task for task in claim.tasks if any(run["task"] == task for run in runs)]
+    only_measures = all(len(rows) == 1 for rows in claim.tasks.values())  # no rows to compare: its measures
+    columns = 1 if only_measures else 2
+    figure, grid = plt.subplots(
+        len(tasks), columns, figsize=(5.2 * columns, 0.6 + 3.2 * len(tasks)), squeeze=False, layout="constrained"
+    )
+    for task, axes in zip(tasks, grid):
+        of_task = [run for run in runs if run["task"] == task]
+        rows = [row for row in claim.tasks[task] if any(run["row"] == row for run in of_task)]
+        if only_measures:
+            names = [name for name in claim.measures if of_task[0].get(name)]
+            values = {name: [float(run[name]) for run in of_task] for name in names}
+            draw_values(axes[0], values, "variance / squared length of the mean gradient", claim.log)
+        else:
+            name = claim.measures[0]
+            values = {row: [float(run[name]) for run in of_task if run["row"] == row] for row in rows}
+            draw_values(axes[1], values, UNITS.get(name, name), claim.log)
+            lines = {}
+            for row in rows:
+                seeds = {}
+                for point in points:
+                    if (point["task"], point["row"]) == (task, row):
+                        seeds.setdefault(point["seed"], []).append(
+                            [float(point[column]) for column in ("env_steps", "seconds", "return")]
+                        )
+                lines[row] = [np.array(seed) for seed in seeds.values()]
+            draw_curves(axes[0], lines, claim.x == "seconds")
+            axes[0].legend(fontsize=7, frameon=False)
+        axes[0].set_title(task, fontsize=10)
+    return save(figure, folder / f"claim_{claim.name}.png")
+
+
+def plot_runs(groups: dict[str, list[tuple]], out: Path, seconds: bool = False) -> Path:
+    """label -> (training episodes, environment steps) of each run."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    lines = {f"{label} ({len(runs)})": [np.array(curve(*run)) for run in runs] for label, runs in groups.items()}
+    draw_curves(axes, lines, seconds)
+    axes.legend(fontsize=8, frameon=False)
+    return save(figure, out)
+
+
+def save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+    return path

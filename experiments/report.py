@@ -1,0 +1,91 @@
+"""The tables of docs/claims.md, from the data in the repository alone."""
+
+import re
+import shlex
+from pathlib import Path
+
+from experiments.judge import interval, iqm, verdict
+from experiments.runner import FIRST_SEED, read
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def cell(values: list[float]) -> str:
+    """IQM, and its interval."""
+    low, high = interval(values)
+    return number(float(iqm(values))) + (f" [{number(float(low))}, {number(float(high))}]" if len(values) > 1 else "")
+
+
+def sample(runs: list[dict], task: str, row: str, measure: str) -> list[float]:
+    return [float(run[measure]) for run in runs if (run["task"], run["row"]) == (task, row) and run.get(measure)]
+
+
+def judged(claim, runs: list[dict]) -> list[tuple]:
+    """(task, expectation, (difference, low, high), answer) of everything expected that has been measured."""
+    found = []
+    for task in claim.tasks:
+        for expect in claim.expected:
+            better = sample(runs, task, expect.better, expect.measure)
+            worse = sample(runs, task, expect.worse, expect.than or expect.measure)
+            if better and worse and expect.task in (None, task):
+                found.append((task, expect, expect.difference(better, worse), expect.answer(better, worse)))
+    return found
+
+
+def block(claim, data: Path) -> str:
+    """A claim's generated part of the page."""
+    runs = read(data / f"{claim.name}.runs.csv")
+    if not runs:
+        return "Not measured yet."
+    lines, answers = [f"![{claim.name}](figures/claim_{claim.name}.png)", ""], judged(claim, runs)
+    lines += [f"| Task | | {' | '.join(claim.measures)} | each seed's {claim.measures[0]} |"]
+    lines += ["|---|---|" + "---|" * (len(claim.measures) + 1)]
+    for task, rows in claim.tasks.items():
+        for row in rows:
+            samples = [sample(runs, task, row, measure) for measure in claim.measures]
+            if any(samples):
+                each = ", ".join(map(number, samples[0]))
+                cells = " | ".join(cell(values) if values else "" for values in samples)
+                lines.append(f"| {task} | {row} | {cells} | {each} |")
+    lines += ["", "| Task | What was expected | Difference | |", "|---|---|---|---|"]
+    for task, expect, (difference, low, high), answer in answers:
+        between = f"{number(difference)} [{number(low)}, {number(high)}]"
+        lines.append(f"| {task} | {expect} | {between} | {answer} |")
+    words = [answer for *_, answer in answers]
+    counts = (
+        f"{words.count('yes')} came out, {words.count('no')} came out the other way, {words.count('open')} stay open"
+    )
+    lines += ["", f"**Verdict: {verdict(words)}.** Of {len(words)} expectations {counts}."]
+    seeds = {int(run["seed"]) for run in runs}
+    hours = sum(float(run["seconds of run"]) for run in runs) / 3600
+    made = sorted({(run["processor"], run["versions"], run["commit"], run["date"]) for run in runs})
+    lines += ["", f"Seeds {FIRST_SEED} to {max(seeds)}, {hours:.1f} hours of training, greedy evaluation."]
+    lines += ["", "<details><summary>Commands and machines</summary>", ""]
+    lines += [f"    {run['command']} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
+    lines += ["", *(f"    {', '.join(each)}" for each in made), "", "</details>"]
+    return "\n".join(lines)
+
+
+def report(claims, data: Path, page: Path):
+    """Replaces the generated part of each claim's section; a claim that has none yet gets one at the end."""
+    text = page.read_text() if page.exists() else "# Claims\n"
+    for claim in claims:
+        begin, end = f"<!-- {claim.name}: made by `python -m experiments report` -->", f"<!-- end of {claim.name} -->"
+        if begin not in text:
+            text += f"\n## {claim.sentence} ({claim.decisions})\n\n{begin}\n{end}\n"
+        pattern = re.escape(begin) + ".*?" + re.escape(end)
+        text = re.sub(pattern, lambda _: f"{begin}\n\n{block(claim, data)}\n\n{end}", text, flags=re.DOTALL)
+    page.write_text(text)
+
+
+def shown(claim) -> str:
+    """A claim for the command line: sentence, and its commands."""
+    lines = [f"{claim.name:13} {claim.decisions:14} {claim.sentence}"]
+    for task, rows in claim.tasks.items():
+        for row, command in rows.items():
+            lines.append(
+                f"    {task}: {row}: python {'' if shlex.split(command)[0].endswith('.py') else '-m '}{command}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,254 @@
+"""Runs the commands that a claim compares, and keeps what figures and tables need of them in experiments/data."""
+
+import ast
+import csv
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "experiments" / "data"
+FIRST_SEED = 100  # flags are chosen on seeds below it
+QUICK = {  # flags that make a run of each script a matter of seconds
+    "a2c_sync": "--total-timesteps 4000 --eval-episodes 2",
+    "a3c_async": "--total-timesteps 4000 --eval-episodes 2",
+    "off_policy_ac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --no-compile",
+    "sac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --no-compile",
+}
+RUN = ["task", "row", "seed", "command", "code", "commit", "versions", "processor", "date", "seconds of run"]
+POINT = ["task", "row", "seed", "env_steps", "seconds", "return"]
+
+
+@dataclass
+class Job:
+    """One run of a claim: a row of a task, with a seed."""
+
+    task: str
+    row: str
+    seed: int
+    command: str  # a script or a module with its flags, without --seed and --run-dir
+    key: tuple = field(init=False)
+
+    def __post_init__(self):
+        self.key = self.task, self.row, str(self.seed)
+
+    def words(self) -> tuple[list[str], list[str]]:
+        """For Python: what to call (a path, or -m and a module, and its positional words), and flags."""
+        words = shlex.split(self.command)
+        flags = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+        return [*([] if words[0].endswith(".py") else ["-m"]), *words[:flags]], words[flags:]
+
+    def source(self) -> Path:
+        target = shlex.split(self.command)[0]
+        return ROOT / (target if target.endswith(".py") else target.replace(".", "/") + ".py")
+
+
+def sources(path: Path, found: dict | None = None) -> dict[Path, ast.AST]:
+    """The syntax trees of a file and of the repository's modules that it imports, and so on."""
+    found = {} if found is None else found
+    if path in found or not path.is_file():
+        return found
+    found[path] = tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            sources(ROOT / (name.replace(".", "/") + ".py"), found)
+    return found
+
+
+def code_version(path: Path) -> str:
+    """Hash of these syntax trees, without comments and docstrings."""
+    digest = hashlib.sha256()
+    for name, tree in sorted(sources(path).items()):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""
+        digest.update(str(name.relative_to(ROOT)).encode() + ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def script_of(job: Job) -> str:
+    """Which of the four scripts a command trains with."""
+    named = [word for word in job.words()[0] if word in QUICK]
+    return (named + [path.stem for path in sources(job.source()) if path.parent == ROOT and path.stem in QUICK])[0]
+
+
+def run(job: Job, out: Path) -> dict:
+    """The run's row of the data, measures included, and its curve; raises RuntimeError if it fails.
+
+    A folder of the same command, seed and code is used again: its results, or its checkpoint, from where it was.
+    """
+    name = "".join(c if c.isalnum() else "-" for c in job.command)[:80]
+    digest = hashlib.sha256(f"{job.command} {code_version(job.source())}".encode()).hexdigest()[:10]
+    folder = out / f"{name}-{digest}__{job.seed}"
+    if not (folder / "results.json").exists():
+        (target, flags), where = job.words(), ["--resume", str(folder)]
+        if not (folder / "checkpoint.pt").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            where = [*flags, "--run-dir", str(folder), "--seed", str(job.seed)]
+        command = [sys.executable, *target, *where]
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+        if done.returncode != 0:
+            raise RuntimeError(f"{shlex.join(command[1:])}\n{done.stderr[-2000:]}")
+    results = json.loads((folder / "results.json").read_text())
+    return {"results": results, "episodes": training_episodes(folder)}
+
+
+def training_episodes(folder: Path) -> list[tuple[int, float, float]]:
+    """Environment steps, seconds and return of every training episode, in the order in which they ended."""
+    with open(folder / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["tag"] == "charts/episodic_return"]
+    return [(int(row["env_steps"]), float(row["seconds"]), float(row["value"])) for row in rows]
+
+
+# --- Measures: of results.json, or of the training episodes ----------------------------------------------------------
+
+
+def measured(name: str, results: dict, episodes: list) -> float | None:
+    """`return` is that of the greedy evaluation; `steps to X` when 20 training episodes first had a mean of X."""
+    if name == "return":
+        return results["eval_return_mean"]
+    if name == "training return":  # the mean over all steps: how soon as well as how much
+        return mean(value for _, _, value in curve(episodes, results["env_steps"]))
+    if name == "worst stretch":  # lowest mean of 20 episodes in a row of the second half
+        returns = [value for env_steps, _, value in episodes if env_steps > results["env_steps"] / 2] or [
+            episodes[-1][2]
+        ]
+        return min(mean(returns[i : i + 20]) for i in range(max(1, len(returns) - 19)))
+    unit, _, threshold = name.partition(" to ")
+    if not threshold:
+        return results.get(name)
+    last = deque(maxlen=20)
+    for env_steps, seconds, value in episodes:
+        last.append(value)
+        if len(last) == 20 and mean(last) >= float(threshold):
+            return env_steps if unit == "steps" else seconds
+    return results["env_steps"] if unit == "steps" else results["seconds"]  # not reached: at least so many
+
+
+def curve(episodes: list, env_steps: int, points: int = 100) -> list[tuple[int, float, float]]:
+    """Mean training return of the episodes that ended in each hundredth of the steps; where none did, the one before.
+
+    (environment steps, seconds, return) at the end of each; it begins where the first episode has ended.
+    """
+    bins = [[] for _ in range(points)]
+    for each in episodes:
+        bins[min(points - 1, max(0, math.ceil(each[0] * points / env_steps) - 1))].append(each)
+    line, last = [], None
+    for i, ended in enumerate(bins):
+        if ended:
+            last = ended[-1][1], mean(value for _, _, value in ended)
+        if last:
+            line.append((env_steps * (i + 1) // points, *last))
+    return line
+
+
+# --- The data of a claim: CLAIM.runs.csv and CLAIM.curves.csv --------------------------------------------------------
+
+
+def read(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, names: list[str], rows: list[dict]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".tmp"), "w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    path.with_suffix(".tmp").replace(path)
+
+
+def key(row: dict) -> tuple:
+    return row["task"], row["row"], row["seed"]
+
+
+def add(claim, data: Path, job: Job, made: dict):
+    """Puts a finished run among the claim's data, in the order of the declaration."""
+    order = {each.key: i for i, each in enumerate(jobs_of(claim, 1000))}
+    results, episodes = made["results"], made["episodes"]
+    row = dict(zip(RUN, [*job.key, job.command, code_version(job.source()), *circumstances()]))
+    row["seconds of run"] = f"{results['seconds']:.1f}"
+    values = {name: measured(name, results, episodes) for name in claim.measures}
+    row |= {name: "" if value is None else f"{value:.6g}" for name, value in values.items()}
+    points = [
+        dict(zip(POINT, [*job.key, env_steps, f"{seconds:.1f}", f"{value:.6g}"]))
+        for env_steps, seconds, value in curve(episodes, results["env_steps"])
+    ]
+    for kind, names, new in (("runs", RUN + list(claim.measures), [row]), ("curves", POINT, points)):
+        path = data / f"{claim.name}.{kind}.csv"
+        kept = [each for each in read(path) if key(each) != job.key and key(each) in order]
+        write(path, names, sorted(kept + new, key=lambda each: order[key(each)]))
+
+
+def circumstances() -> tuple[str, str, str, str]:
+    """Commit, versions, processor and date."""
+    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "gymnasium"))
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
+    return commit.strip() + ("+" if changed else ""), versions, processor, time.strftime("%Y-%m-%d")
+
+
+def jobs_of(claim, seeds: int) -> list[Job]:
+    """A seed of every row before the next seed, so that what is there can be compared at any time."""
+    rows = [(task, row, command) for task, rows in claim.tasks.items() for row, command in rows.items()]
+    seeds = range(FIRST_SEED, FIRST_SEED + seeds)
+    return [Job(task, row, seed, command) for seed in seeds for task, row, command in rows]
+
+
+def run_claim(claim, task: str, seeds: int | None, at_a_time: int, quick: bool, out: Path, data: Path) -> int:
+    """Runs what the data lacks; returns how many runs failed."""
+    jobs = [job for job in jobs_of(claim, 2 if quick else seeds or claim.seeds) if job.task.startswith(task)]
+    if quick:
+        for job in jobs:
+            job.command += " " + QUICK[script_of(job)]
+    known = {key(row): (row["command"], row["code"]) for row in read(data / f"{claim.name}.runs.csv")}
+    todo = [job for job in jobs if known.get(job.key) != (job.command, code_version(job.source()))]
+    print(f"{claim.name}: {len(todo)} runs to make, {len(jobs) - len(todo)} made before", flush=True)
+    start, lock, done, failed = time.perf_counter(), threading.Lock(), 0, 0
+
+    def make(job: Job):
+        nonlocal done, failed
+        try:
+            made = run(job, out)
+            with lock:
+                add(claim, data, job, made)
+            words = f"return {made['results']['eval_return_mean']}"
+        except Exception as error:  # whatever it is: shown, and the others go on
+            failed += 1
+            words = f"FAILED: {error}"
+        done += 1
+        left = (time.perf_counter() - start) / done * (len(todo) - done) / 60
+        print(f"  {done}/{len(todo)}  {job.task}, {job.row}, seed {job.seed}: {words}; {left:.0f} min left", flush=True)
+
+    with ThreadPoolExecutor(1 if claim.timed else at_a_time) as pool:
+        try:
+            list(pool.map(make, todo))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return failed

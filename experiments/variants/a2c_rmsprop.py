@@ -1,0 +1,10 @@
+"""a2c_sync.py with torch's RMSprop: ε outside the root, and a mean square that begins at 0."""
+
+import torch
+
+import a2c_sync
+
+a2c_sync.RMSpropA3C = lambda groups: torch.optim.RMSprop(groups, alpha=0.99, eps=1e-5)
+
+if __name__ == "__main__":
+    a2c_sync.run_cli(a2c_sync.train, a2c_sync.Args)

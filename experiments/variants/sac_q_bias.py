@@ -1,0 +1,39 @@
+"""sac.py that compares Q with what really follows, after training: results.json has q, its true value and the bias."""
+
+import gymnasium as gym
+import torch
+
+import sac
+
+
+@torch.no_grad()
+def q_bias(agent, args, steps=1000, num_envs=10) -> dict:
+    """Over the first half of the steps, since the rest of a sum of discounted rewards is cut off at the end."""
+    gym.spec(args.env_id).max_episode_steps = 2 * steps  # a time limit would end the sum
+    envs, seen = sac.make_envs(args, num_envs), []
+    obs, done = envs.reset(seed=0)[0], torch.zeros(num_envs)
+    for _ in range(steps):
+        actions, log_probs = agent.actor(torch.as_tensor(obs)).sample_with_log_prob()
+        q, valid = agent.critics(torch.as_tensor(obs), actions).mean(0), 1 - done
+        obs, rewards, terminated, truncated, _ = envs.step(actions.numpy())
+        done = torch.as_tensor(terminated | truncated).float()
+        seen.append((q, valid, torch.as_tensor(rewards), log_probs, torch.as_tensor(terminated)))
+    envs.close()
+    following, pairs = torch.zeros(num_envs), []
+    for q, valid, rewards, log_probs, terminated in reversed(seen):
+        value = torch.where(terminated, rewards, rewards + args.gamma * following)  # of this action; at a reset unused
+        pairs.append(torch.stack([q, value])[:, valid == 1])
+        following = value - agent.log_alpha.exp() * log_probs
+    q, value = torch.cat(pairs[steps // 2 :], 1).mean(1).tolist()
+    return {"q": q, "true_q": value, "q_bias": q - value}
+
+
+class Run(sac.Run):
+    def finish(self):
+        return super().finish(**q_bias(self._parts["agent"], self.args))
+
+
+sac.Run = Run
+
+if __name__ == "__main__":
+    sac.run_cli(sac.train, sac.Args)
