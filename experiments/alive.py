@@ -12,14 +12,14 @@ and the largest of a difference, in the Gram matrix of V's gradients at about 24
 import importlib
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from runs import ROOT
 
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.envs import make_envs  # noqa: E402
 from evaluate import load_agent  # noqa: E402

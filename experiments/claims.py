@@ -81,6 +81,19 @@ CLAIMS = [
         measures=("return", "training return", "worst stretch"),
     ),
     Claim(
+        "order",
+        "The critic's step may come together with the actor's, rather than before the advantage is taken.",
+        "D4",
+        {
+            task: {"one step for both": f"{A2C} {flags}", "critic first": f"{VARIANT}a2c_order {E100} {flags}"}
+            for task, flags in {"CartPole-v1": STEPS, "Acrobot-v1": f"--env-id Acrobot-v1 {STEPS}"}.items()
+        },
+        [
+            Expect("one step for both", "critic first", margin=5),
+            Expect("one step for both", "critic first", "training return", margin=25),
+        ],
+    ),
+    Claim(
         "batch",
         "A batch of one transition is a bad idea for deep networks.",
         "D3, D5",

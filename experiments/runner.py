@@ -16,6 +16,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 
@@ -56,33 +57,34 @@ class Job:
         return ROOT / (target if target.endswith(".py") else target.replace(".", "/") + ".py")
 
 
-def sources(path: Path, found: dict | None = None) -> dict[Path, ast.AST]:
-    """The syntax trees of a file and of the repository's modules that it imports, and so on."""
-    found = {} if found is None else found
-    if path in found or not path.is_file():
-        return found
-    found[path] = tree = ast.parse(path.read_text())
+@lru_cache
+def parsed(path: Path, _modified: int) -> tuple[str, list[Path]]:
+    """A file as text of its syntax tree without comments and docstrings, and what it may import from the repository."""
+    tree, names = ast.parse(path.read_text()), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for name in names:
-            sources(ROOT / (name.replace(".", "/") + ".py"), found)
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = ""
+    return ast.dump(tree), [ROOT / (name.replace(".", "/") + ".py") for name in names]
+
+
+def sources(path: Path, found: dict | None = None) -> dict[Path, str]:
+    """The syntax trees of a file and of the repository's modules that it imports, and so on."""
+    found = {} if found is None else found
+    if path not in found and path.is_file():
+        found[path], imported = parsed(path, path.stat().st_mtime_ns)
+        for each in imported:
+            sources(each, found)
     return found
 
 
 def code_version(path: Path) -> str:
-    """Hash of these syntax trees, without comments and docstrings."""
-    digest = hashlib.sha256()
-    for name, tree in sorted(sources(path).items()):
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value.value = ""
-        digest.update(str(name.relative_to(ROOT)).encode() + ast.dump(tree).encode())
-    return digest.hexdigest()[:16]
+    """Hash of these syntax trees."""
+    trees = [(str(name.relative_to(ROOT)), tree) for name, tree in sources(path).items()]
+    return hashlib.sha256(repr(sorted(trees)).encode()).hexdigest()[:16]
 
 
 def script_of(job: Job) -> str:

@@ -32,8 +32,8 @@ from statistics import mean, median
 from typing import Literal
 
 import tyro
-from runs import ROOT, call, run, variant
 
+ROOT = Path(__file__).resolve().parent.parent
 EQUAL = dict(
     num_envs=8, num_steps=5, gamma=0.99, gae_lambda=1.0, ent_coef=0.0, learning_rate=7e-4
 )  # SB3's defaults and zoo
@@ -57,6 +57,27 @@ class Options:
     """internal: one measurement of the other side"""
 
 
+def call(*words) -> str:
+    """Standard output of a Python command in the repository's root; ends the comparison if it fails."""
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, cwd=ROOT)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, words))} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def variant(out: Path, script: str, name: str, edits: dict[str, str]) -> Path:
+    """A script with some passages replaced, as a file of its own."""
+    source = (ROOT / f"{script}.py").read_text()
+    for old, new in edits.items():
+        assert source.count(old) == 1, f"a passage that {name} replaces is not in {script}.py: {old[:60]!r}"
+        source = source.replace(old, new)
+    path = out / name / f"{script}.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)
+    return path
+
+
 def ours(flags: str, total_timesteps: int, seed: int = 1, script: str = "a2c_sync.py", after: int = 0) -> dict:
     """One run, with the seconds after which 100 episodes had a mean return of 475.
 
@@ -64,10 +85,22 @@ def ours(flags: str, total_timesteps: int, seed: int = 1, script: str = "a2c_syn
     """
     flags = f"--total-timesteps {total_timesteps} --eval-episodes 1 {flags}"
     with tempfile.TemporaryDirectory() as folder:
-        end = run(script, flags, seed, Path(folder) / "run", threshold=475)
+        run_dir = Path(folder) / "run"
+        call(script, "--run-dir", run_dir, "--seed", seed, *flags.split())
+        end = json.loads((run_dir / "results.json").read_text()) | {"solved_seconds": seconds_to(475, run_dir)}
         if after:
-            end |= speed(Path(folder) / "run", after)
+            end |= speed(run_dir, after)
         return end
+
+
+def seconds_to(threshold: float, run_dir: Path) -> float | None:
+    """Until 100 training episodes first had a mean return of this."""
+    with open(run_dir / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["tag"] == "charts/episodic_return"]
+    for i in range(100, len(rows) + 1):
+        if mean(float(row["value"]) for row in rows[i - 100 : i]) >= threshold:
+            return float(rows[i - 1]["seconds"])
+    return None
 
 
 def speed(run_dir: Path, after: int) -> dict:

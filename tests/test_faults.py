@@ -314,42 +314,7 @@ def test_flipped_bytes_in_a_checkpoint_are_found(workdir):
         a2c_sync.train(dataclasses.replace(load_args("run"), total_timesteps=200))
 
 
-# --- 8 Finished runs that are reused ----------------------------------------------------------------------------------
-
-
-def test_a_finished_run_is_reused_only_if_flags_and_code_are_the_same(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import runs
-
-    calls = []
-
-    def call(script, *words):
-        calls.append(words)
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "results.json").write_text("{}")
-        (tmp_path / "run" / "metrics.csv").write_text("env_steps,seconds,tag,value\n")
-
-    monkeypatch.setattr(runs, "call", call)
-    for _ in range(2):
-        runs.run("a2c_sync.py", "--gamma 0.9", 1, tmp_path / "run")
-    assert len(calls) == 1
-    for flags, seed in (("--gamma 0.8", 1), ("--gamma 0.9", 2)):
-        with pytest.raises(SystemExit, match="other flags or other code"):
-            runs.run("a2c_sync.py", flags, seed, tmp_path / "run")
-    monkeypatch.setattr(runs, "code_version", lambda script: "another")
-    with pytest.raises(SystemExit, match="other flags or other code"):
-        runs.run("a2c_sync.py", "--gamma 0.9", 1, tmp_path / "run")
-
-
-def test_the_codes_version_is_that_of_what_it_does(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import runs
-
-    versions = []
-    for text in ('"""Doc."""\nx = 1  # why\n', '"""Other."""\n\n\nx = 1\n', '"""Doc."""\nx = 2\n'):
-        (tmp_path / "script.py").write_text(text)
-        versions.append(runs.code_version(tmp_path / "script.py"))
-    assert versions[0] == versions[1] != versions[2]
+# --- 8 Finished runs that are reused: tests/test_laboratory.py --------------------------------------------------------
 
 
 # --- 9 Numbers that are not finite ------------------------------------------------------------------------------------

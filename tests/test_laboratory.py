@@ -1,0 +1,257 @@
+"""The laboratory of the lecture's claims: statistics, judgement, reuse of runs, and the page that is made of them."""
+
+import importlib
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tyro
+from conftest import ROOT, environment
+
+from common.flags import check_ranges
+from experiments import runner
+from experiments.claims import CLAIMS, Claim
+from experiments.judge import Expect, interval, iqm, verdict
+from experiments.report import block, judged, report
+from experiments.runner import DATA, Job, code_version, curve, jobs_of, measured, read, run, run_claim, script_of
+
+HIGH, LOW, WIDE = [10.0, 11, 12, 13, 14], [1.0, 2, 3, 4, 5], [0.0, 5, 10, 15, 20]
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_the_interquartile_mean_leaves_out_a_quarter_at_either_end():
+    assert iqm([0, 10, 20, 1000]) == 15 and iqm([-99, 1, 2, 3, 99]) == 2 and iqm([7]) == 7
+
+
+def test_an_interval_stays_in_the_range_of_what_was_measured():
+    low, high = interval([500.0, 500, 500, 500, 9])
+    assert 9 <= low < 500 and high == 500
+    assert interval([500.0] * 5) == (500, 500)
+    assert all(np.isnan(interval([3.0])))
+    low, high = interval(np.array([HIGH, LOW]))  # an interval for each row
+    assert low.shape == (2,) and 10 <= low[0] < 12 < high[0] <= 14 and 1 <= low[1] < 3 < high[1] <= 5
+
+
+def test_an_interval_covers_the_true_mean_about_as_often_as_it_says():
+    normal = np.random.default_rng(0).normal(5, 1, (100, 20))
+    low, high = interval(normal)
+    assert 0.85 < ((low < 5) & (5 < high)).mean() < 1
+
+
+@pytest.mark.parametrize(
+    "better, worse, options, answer",
+    [
+        (HIGH, LOW, {}, "yes"),
+        (LOW, HIGH, {}, "no"),
+        (LOW, HIGH, {"lower": True}, "yes"),
+        (HIGH, WIDE, {}, "open"),
+        (LOW, HIGH, {"margin": 20}, "yes"),  # not 20 less
+        (LOW, HIGH, {"margin": 2}, "no"),
+        (HIGH, HIGH, {}, "open"),
+        ([500.0] * 5, [500.0] * 5, {}, "open"),
+        ([500.0] * 5, [500.0] * 5, {"margin": 1}, "yes"),
+        ([1.0], [0.0], {}, "open"),  # one seed says nothing
+    ],
+)
+def test_an_expectation_is_judged_by_the_interval_of_the_difference(better, worse, options, answer):
+    assert Expect("a", "b", **options).answer(better, worse) == answer
+
+
+def test_a_verdict():
+    assert verdict(["yes", "yes"]) == "holds" and verdict(["yes", "open"]) == verdict(["no", "yes"]) == "holds in part"
+    assert verdict(["open", "no"]) == "does not hold here" and verdict([]) == "not measured yet"
+
+
+# --- Measures ---------------------------------------------------------------------------------------------------------
+
+
+def test_measures_of_a_run():
+    episodes = [(100 * i, float(i), 10.0 * i) for i in range(1, 101)]  # at 100, 200, ... steps; returns 10, 20, ...
+    results = {"env_steps": 10_000, "seconds": 123.0, "eval_return_mean": 77.0, "q": 3.0}
+    assert measured("return", results, episodes) == 77 and measured("q", results, episodes) == 3
+    assert measured("training return", results, episodes) == pytest.approx(505)
+    assert measured("worst stretch", results, episodes) == np.mean([10 * i for i in range(51, 71)])
+    # Returns 310 to 500 have a mean of 405, those before it one of 395
+    assert measured("steps to 400", results, episodes) == 5000 and measured("seconds to 400", results, episodes) == 50
+    assert measured("steps to 9999", results, episodes) == 10_000  # never: at least so many
+    assert measured("plain Q, K = 1", results, episodes) is None
+
+
+def test_a_curve_has_a_point_for_each_hundredth_and_hides_no_gap():
+    episodes = [(150, 1.0, 4.0), (180, 2.0, 8.0), (420, 5.0, 1.0)]
+    assert curve(episodes, 1000, points=10) == [
+        (200, 2.0, 6.0),  # the mean of two; before it no episode had ended
+        (300, 2.0, 6.0),
+        (400, 2.0, 6.0),
+        *((steps, 5.0, 1.0) for steps in range(500, 1001, 100)),
+    ]
+
+
+# --- Which runs are made ----------------------------------------------------------------------------------------------
+
+TOY = Claim(
+    "toy", "Toys.", "D0", {"task": {"a": "a2c_sync.py --gamma 0.9", "b": "a2c_sync.py"}}, [Expect("a", "b")], seeds=3
+)
+MADE = {"results": {"env_steps": 100, "seconds": 1.0, "eval_return_mean": 5.0}, "episodes": [(50, 0.5, 4.0)]}
+
+
+def test_the_codes_version_is_that_of_what_it_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    (tmp_path / "common").mkdir()
+
+    def version(script='"""Doc."""\nfrom common import used\nx = 1  # why\n', used="y = 1\n", unused="z = 1\n"):
+        for name, text in (("script", script), ("common/used", used), ("common/unused", unused)):
+            (tmp_path / f"{name}.py").write_text(text)
+        return code_version(tmp_path / "script.py")
+
+    first = version()
+    assert version('"""Other."""\n\nfrom common import used\n\nx = 1\n') == first == version(unused="z = 2\n")
+    assert version('"""Doc."""\nfrom common import used\nx = 2\n') != first != version(used="y = 2\n")
+    assert version("import common.used\nx = 1\n") != version("import common.used\nx = 1\n", used="y = 3\n")
+
+
+def test_only_what_is_missing_is_run_and_a_failure_stops_nothing(tmp_path, monkeypatch, capsys):
+    made, broken = [], {("b", 101)}
+
+    def fake(job, out):
+        made.append((job.row, job.seed, job.command))
+        if (job.row, job.seed) in broken:
+            raise RuntimeError("it broke")
+        return MADE
+
+    monkeypatch.setattr(runner, "run", fake)
+
+    def again(claim=TOY, seeds=None, quick=False):
+        made.clear()
+        return run_claim(claim, "", seeds, 1, quick, tmp_path, tmp_path)
+
+    assert again() == 1
+    assert [each[:2] for each in made] == [(row, seed) for seed in (100, 101, 102) for row in "ab"]
+    assert "FAILED: it broke" in capsys.readouterr().out
+    assert [runner.key(row) for row in read(tmp_path / "toy.runs.csv")] == [
+        ("task", row, str(seed)) for seed in (100, 101, 102) for row in "ab" if (row, seed) not in broken
+    ]
+    broken.clear()
+    assert again() == 0 and [each[:2] for each in made] == [("b", 101)]
+    assert again() == 0 and made == []
+    assert again(seeds=4) == 0 and [each[:2] for each in made] == [("a", 103), ("b", 103)]
+    # Another command is another run; a row that is declared no more leaves the data
+    other = replace(TOY, tasks={"task": {"a": "a2c_sync.py --gamma 0.8"}}, expected=[])
+    assert again(other) == 0 and made == [("a", seed, "a2c_sync.py --gamma 0.8") for seed in (100, 101, 102)]
+    assert {row["row"] for row in read(tmp_path / "toy.runs.csv")} == {"a"}
+    assert {row["row"] for row in read(tmp_path / "toy.curves.csv")} == {"a"}
+    monkeypatch.setattr(runner, "code_version", lambda path: "new code")
+    assert again(other) == 0 and len(made) == 3
+
+
+def test_a_run_goes_on_from_its_checkpoint_and_is_made_once(tmp_path, monkeypatch):
+    calls = []
+
+    def call(command, **_):
+        calls.append(command)
+        folder = Path(command[command.index("--resume" if "--resume" in command else "--run-dir") + 1])
+        folder.mkdir(exist_ok=True)
+        if len(calls) == 1:  # killed
+            (folder / "checkpoint.pt").touch()
+            return SimpleNamespace(returncode=-9, stderr="Killed")
+        (folder / "results.json").write_text('{"env_steps": 100}')
+        (folder / "metrics.csv").write_text("env_steps,seconds,tag,value\n50,0.5,charts/episodic_return,4.0\n")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(runner.subprocess, "run", call)
+    job = Job("task", "a", 100, "experiments.variants.gradient_variance sac --total-timesteps 100")
+    with pytest.raises(RuntimeError, match="Killed"):
+        run(job, tmp_path)
+    for _ in range(2):
+        assert run(job, tmp_path) == {"results": {"env_steps": 100}, "episodes": [(50, 0.5, 4.0)]}
+    (first, second), target = calls, ["-m", "experiments.variants.gradient_variance", "sac"]
+    assert first[1:4] == second[1:4] == target
+    assert first[4:6] == ["--total-timesteps", "100"] and first[-2:] == ["--seed", "100"]
+    assert second[4] == "--resume" and len(second) == 6
+
+
+# --- Declarations and the page ----------------------------------------------------------------------------------------
+
+
+def test_a_claims_commands_can_be_run():
+    for claim in CLAIMS:
+        for job in jobs_of(claim, 1):
+            script = importlib.import_module(script_of(job))
+            target, flags = job.words()
+            assert job.source().is_file()
+            if target[0] == "-m":  # may have flags of its own: the quick run of all claims knows
+                continue
+            args = tyro.cli(script.Args, args=[*flags, *shlex.split(runner.QUICK[script_of(job)])])
+            check_ranges(args)
+            script.check_flags(args)
+
+
+def test_a_claim_expects_something_of_what_it_measures():
+    for claim in CLAIMS:
+        rows = {row for each in claim.tasks.values() for row in each}
+        assert claim.expected and claim.seeds >= 1
+        for expect in claim.expected:
+            assert {expect.better, expect.worse} <= rows, expect
+            assert {expect.measure, expect.than or expect.measure} <= set(claim.measures), expect
+            assert expect.task is None or expect.task in claim.tasks
+
+
+def test_the_page_is_made_of_the_data_in_the_repository(tmp_path):
+    page = tmp_path / "claims.md"
+    shutil.copy(ROOT / "docs" / "claims.md", page)
+    report(CLAIMS, DATA, page)
+    assert page.read_text() == (ROOT / "docs" / "claims.md").read_text()
+    for claim in CLAIMS:
+        for row in read(DATA / f"{claim.name}.runs.csv"):
+            assert int(row["seed"]) >= runner.FIRST_SEED
+            assert claim.tasks[row["task"]][row["row"]] == row["command"], f"{claim.name}: made by another command"
+
+
+def test_a_claims_block_has_the_numbers(tmp_path):
+    rows = [("a", seed, value) for seed, value in enumerate(HIGH, 100)] + [("b", s, v) for s, v in enumerate(LOW, 100)]
+    names = runner.RUN + ["return", "training return"]
+    data = [
+        dict.fromkeys(names, "1") | {"task": "task", "row": row, "seed": seed, "command": "x", "return": value}
+        for row, seed, value in rows
+    ]
+    runner.write(tmp_path / "toy.runs.csv", names, data)
+    ((task, _, (difference, low, high), answer),) = judged(TOY, read(tmp_path / "toy.runs.csv"))
+    assert (task, difference, answer) == ("task", 9, "yes") and low < 9 < high
+    text = block(TOY, tmp_path)
+    assert "**Verdict: holds.** Of 1 expectations 1 came out, 0 came out the other way, 0 stay open." in text
+    assert re.search(r"\| task \| a \| 12 \[1\d[.\d]*, 1\d[.\d]*\] \| 1 \[1, 1\] \| 10, 11, 12, 13, 14 \|", text)
+    assert "Seeds 100 to 104" in text
+
+
+VARIANTS = sorted(path.stem for path in (ROOT / "experiments" / "variants").glob("*.py"))
+
+
+def test_every_variant_is_in_a_claim_and_short():
+    used = {job.source().stem for claim in CLAIMS for job in jobs_of(claim, 1) if "variants" in str(job.source())}
+    assert used == set(VARIANTS)
+
+
+@pytest.mark.slow
+def test_every_claim_quickly_from_run_to_page(tmp_path):
+    """The whole laboratory: no run fails, every claim has a figure and a table."""
+    words = [sys.executable, "-m", "experiments", "run", "all", "--quick", "--out", str(tmp_path / "a folder")]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "a folder" / "claims.md").read_text()
+    for claim in CLAIMS:
+        assert (tmp_path / "a folder" / "figures" / f"claim_{claim.name}.png").stat().st_size > 5000
+        runs = read(tmp_path / "a folder" / "data" / f"{claim.name}.runs.csv")
+        assert len(runs) == len(jobs_of(claim, 2))
+        assert all(math.isfinite(float(run[name])) for run in runs for name in claim.measures if run[name])
+        assert f"<!-- end of {claim.name} -->" in text
+    assert "not measured yet" not in text.lower()
