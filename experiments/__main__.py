@@ -15,14 +15,16 @@ from experiments.report import report as write_report
 from experiments.report import shown
 from experiments.runner import DATA, ROOT, run_claim, training_episodes
 
-FIGURES, PAGE = ROOT / "docs" / "figures", ROOT / "docs" / "claims.md"
+DOCS = ROOT / "docs"
 Name = Annotated[str, tyro.conf.Positional]
 
 
 def chosen(name: str) -> list:
-    found = [claim for claim in CLAIMS if name in ("all", claim.name)]
+    found = [claim for claim in CLAIMS if name in ("all", claim.page.removesuffix(".md"), claim.name)]
     if not found:
-        sys.exit(f"There is no claim {name!r}; there are all, {', '.join(claim.name for claim in CLAIMS)}.")
+        sys.exit(
+            f"There is no claim {name!r}; there are all, claims, results, {', '.join(claim.name for claim in CLAIMS)}."
+        )
     return found
 
 
@@ -47,7 +49,7 @@ def run(
     """Makes the runs that a claim's data lacks, then its figure and table.
 
     Args:
-        claim: name of a claim, or all
+        claim: name of a claim, or all, or claims, or results
         task: only the tasks whose name begins so
         seeds: as many, from 100 on; by default what the claim says
         jobs: runs at a time, one thread each; claims about time take one
@@ -55,36 +57,36 @@ def run(
         out: folder of the runs; a run that was interrupted goes on
     """
     claims, out = chosen(claim), out.absolute()
-    data, figures, page = (out / "data", out / "figures", out / "claims.md") if quick else (DATA, FIGURES, PAGE)
+    data, docs = (out / "data", out) if quick else (DATA, DOCS)
     failed = 0
     for each in claims:
         failed += run_claim(each, task, seeds, jobs, quick, out, data)
-        draw(each, data, figures)
-    write_report(CLAIMS, data, page)
+        draw(each, data, docs)
+    write_report(CLAIMS, data, docs)
     if failed:
         sys.exit(f"{failed} runs failed.")
 
 
-def draw(claim, data: Path, figures: Path):
+def draw(claim, data: Path, docs: Path):
     from experiments.figures import plot_claim
 
     if (data / f"{claim.name}.runs.csv").exists():
-        print(plot_claim(claim, data, figures))
+        print(plot_claim(claim, data, docs / "figures"))
 
 
 def plot(claim: Name = "all"):
     """Draws a claim's figure again, from the data in the repository.
 
     Args:
-        claim: name of a claim, or all
+        claim: name of a claim, or all, or claims, or results
     """
     for each in chosen(claim):
-        draw(each, DATA, FIGURES)
+        draw(each, DATA, DOCS)
 
 
 def report():
-    """Writes the tables and verdicts of docs/claims.md again, from the data in the repository."""
-    write_report(CLAIMS, DATA, PAGE)
+    """Writes the tables and verdicts of docs/claims.md and docs/results.md again, from the data in the repository."""
+    write_report(CLAIMS, DATA, DOCS)
 
 
 def curves(

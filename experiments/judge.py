@@ -60,6 +60,42 @@ class Expect:
             return "yes"
         return "no" if high < -self.margin else "open"
 
+    def judge(self, sample) -> tuple[str, str] | None:
+        """What was found, in words, and the answer; sample(row, measure) gives a value for each seed."""
+        better, worse = sample(self.better, self.measure), sample(self.worse, self.than or self.measure)
+        if not (better and worse):
+            return None
+        middle, low, high = map(number, self.difference(better, worse))
+        return f"{middle} [{low}, {high}]", self.answer(better, worse)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The IQM of a row is at least so much, or at least so many of its seeds are."""
+
+    row: str
+    at_least: float
+    seeds: int | None = None
+    measure: str = "return"
+    task: str | None = None
+
+    def __str__(self) -> str:
+        words = f" on {self.seeds} seeds" if self.seeds else ""
+        return f"{self.row}: {self.measure} of at least {self.at_least:g}{words}"
+
+    def judge(self, sample) -> tuple[str, str] | None:
+        values = sample(self.row, self.measure)
+        if not values:
+            return None
+        if self.seeds:
+            reached = sum(value >= self.at_least for value in values)
+            return f"{reached} of {len(values)} seeds", "yes" if reached >= self.seeds else "no"
+        return number(float(iqm(values))), "yes" if iqm(values) >= self.at_least else "no"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
 
 def verdict(answers: list[str]) -> str:
     if not answers:

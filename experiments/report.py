@@ -4,12 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
-from experiments.judge import interval, iqm, verdict
+from experiments.judge import interval, iqm, number, verdict
 from experiments.runner import FIRST_SEED, read
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def cell(values: list[float]) -> str:
@@ -23,14 +19,13 @@ def sample(runs: list[dict], task: str, row: str, measure: str) -> list[float]:
 
 
 def judged(claim, runs: list[dict]) -> list[tuple]:
-    """(task, expectation, (difference, low, high), answer) of everything expected that has been measured."""
+    """(task, expectation, what was found, answer) of everything expected that has been measured."""
     found = []
     for task in claim.tasks:
         for expect in claim.expected:
-            better = sample(runs, task, expect.better, expect.measure)
-            worse = sample(runs, task, expect.worse, expect.than or expect.measure)
-            if better and worse and expect.task in (None, task):
-                found.append((task, expect, expect.difference(better, worse), expect.answer(better, worse)))
+            if expect.task in (None, task):
+                outcome = expect.judge(lambda row, measure: sample(runs, task, row, measure))
+                found += [(task, expect, *outcome)] if outcome else []
     return found
 
 
@@ -49,10 +44,8 @@ def block(claim, data: Path) -> str:
                 each = ", ".join(map(number, samples[0]))
                 cells = " | ".join(cell(values) if values else "" for values in samples)
                 lines.append(f"| {task} | {row} | {cells} | {each} |")
-    lines += ["", "| Task | What was expected | Difference | |", "|---|---|---|---|"]
-    for task, expect, (difference, low, high), answer in answers:
-        between = f"{number(difference)} [{number(low)}, {number(high)}]"
-        lines.append(f"| {task} | {expect} | {between} | {answer} |")
+    lines += ["", "| Task | What was expected | What was found | |", "|---|---|---|---|"]
+    lines += [f"| {task} | {expect} | {found} | {answer} |" for task, expect, found, answer in answers]
     words = [answer for *_, answer in answers]
     counts = (
         f"{words.count('yes')} came out, {words.count('no')} came out the other way, {words.count('open')} stay open"
@@ -68,16 +61,22 @@ def block(claim, data: Path) -> str:
     return "\n".join(lines)
 
 
-def report(claims, data: Path, page: Path):
-    """Replaces the generated part of each claim's section; a claim that has none yet gets one at the end."""
-    text = page.read_text() if page.exists() else "# Claims\n"
-    for claim in claims:
-        begin, end = f"<!-- {claim.name}: made by `python -m experiments report` -->", f"<!-- end of {claim.name} -->"
-        if begin not in text:
-            text += f"\n## {claim.sentence} ({claim.decisions})\n\n{begin}\n{end}\n"
-        pattern = re.escape(begin) + ".*?" + re.escape(end)
-        text = re.sub(pattern, lambda _: f"{begin}\n\n{block(claim, data)}\n\n{end}", text, flags=re.DOTALL)
-    page.write_text(text)
+def report(claims, data: Path, folder: Path):
+    """Replaces the generated part of each claim's section on its page; one that has none yet gets it at the end."""
+    for name in sorted({claim.page for claim in claims}):
+        page = folder / name
+        text = page.read_text() if page.exists() else "# Claims\n"
+        for claim in (claim for claim in claims if claim.page == name):
+            begin, end = (
+                f"<!-- {claim.name}: made by `python -m experiments report` -->",
+                f"<!-- end of {claim.name} -->",
+            )
+            if begin not in text:
+                text += f"\n## {claim.sentence} ({claim.decisions})\n\n{begin}\n{end}\n"
+            pattern = re.escape(begin) + ".*?" + re.escape(end)
+            new = f"{begin}\n\n{block(claim, data)}\n\n{end}"
+            text = re.sub(pattern, lambda _: new, text, flags=re.DOTALL)
+        page.write_text(text)
 
 
 def shown(claim) -> str:

@@ -19,7 +19,7 @@ from conftest import ROOT, environment
 from common.flags import check_ranges
 from experiments import runner
 from experiments.claims import CLAIMS, Claim
-from experiments.judge import Expect, interval, iqm, verdict
+from experiments.judge import Expect, Reach, interval, iqm, verdict
 from experiments.report import block, judged, report
 from experiments.runner import DATA, Job, code_version, curve, jobs_of, measured, read, run, run_claim, script_of
 
@@ -65,6 +65,16 @@ def test_an_interval_covers_the_true_mean_about_as_often_as_it_says():
 )
 def test_an_expectation_is_judged_by_the_interval_of_the_difference(better, worse, options, answer):
     assert Expect("a", "b", **options).answer(better, worse) == answer
+
+
+def test_an_aim_is_reached_by_the_mean_or_by_enough_seeds():
+    def sample(row, measure):
+        return [480.0, 500, 500, 500, 9] if row == "a" else []
+
+    assert Reach("a", 475).judge(sample) == ("493", "yes") and Reach("a", 495).judge(sample) == ("493", "no")
+    assert Reach("a", 475, seeds=4).judge(sample) == ("4 of 5 seeds", "yes")
+    assert Reach("a", 475, seeds=5).judge(sample) == ("4 of 5 seeds", "no")
+    assert Reach("b", 475).judge(sample) is None
 
 
 def test_a_verdict():
@@ -201,16 +211,19 @@ def test_a_claim_expects_something_of_what_it_measures():
         rows = {row for each in claim.tasks.values() for row in each}
         assert claim.expected and claim.seeds >= 1
         for expect in claim.expected:
-            assert {expect.better, expect.worse} <= rows, expect
-            assert {expect.measure, expect.than or expect.measure} <= set(claim.measures), expect
+            asked = {"better", "worse", "row"} & vars(expect).keys()
+            assert {getattr(expect, name) for name in asked} <= rows, expect
+            assert {expect.measure, getattr(expect, "than", None) or expect.measure} <= set(claim.measures), expect
             assert expect.task is None or expect.task in claim.tasks
 
 
 def test_the_page_is_made_of_the_data_in_the_repository(tmp_path):
-    page = tmp_path / "claims.md"
-    shutil.copy(ROOT / "docs" / "claims.md", page)
-    report(CLAIMS, DATA, page)
-    assert page.read_text() == (ROOT / "docs" / "claims.md").read_text()
+    pages = {claim.page for claim in CLAIMS}
+    for page in pages:
+        shutil.copy(ROOT / "docs" / page, tmp_path)
+    report(CLAIMS, DATA, tmp_path)
+    for page in pages:
+        assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text()
     for claim in CLAIMS:
         for row in read(DATA / f"{claim.name}.runs.csv"):
             assert int(row["seed"]) >= runner.FIRST_SEED
@@ -225,8 +238,8 @@ def test_a_claims_block_has_the_numbers(tmp_path):
         for row, seed, value in rows
     ]
     runner.write(tmp_path / "toy.runs.csv", names, data)
-    ((task, _, (difference, low, high), answer),) = judged(TOY, read(tmp_path / "toy.runs.csv"))
-    assert (task, difference, answer) == ("task", 9, "yes") and low < 9 < high
+    ((task, _, found, answer),) = judged(TOY, read(tmp_path / "toy.runs.csv"))
+    assert (task, answer) == ("task", "yes") and re.fullmatch(r"9 \[[678][.\d]*, 1[01][.\d]*\]", found)
     text = block(TOY, tmp_path)
     assert "**Verdict: holds.** Of 1 expectations 1 came out, 0 came out the other way, 0 stay open." in text
     assert re.search(r"\| task \| a \| 12 \[1\d[.\d]*, 1\d[.\d]*\] \| 1 \[1, 1\] \| 10, 11, 12, 13, 14 \|", text)
@@ -247,7 +260,7 @@ def test_every_claim_quickly_from_run_to_page(tmp_path):
     words = [sys.executable, "-m", "experiments", "run", "all", "--quick", "--out", str(tmp_path / "a folder")]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    text = (tmp_path / "a folder" / "claims.md").read_text()
+    text = "".join((tmp_path / "a folder" / page).read_text() for page in {claim.page for claim in CLAIMS})
     for claim in CLAIMS:
         assert (tmp_path / "a folder" / "figures" / f"claim_{claim.name}.png").stat().st_size > 5000
         runs = read(tmp_path / "a folder" / "data" / f"{claim.name}.runs.csv")
