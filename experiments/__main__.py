@@ -4,6 +4,7 @@ Needs the extra: pip install -e ".[plot,mujoco,box2d]"
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -116,6 +117,14 @@ def curves(
     print(plot_runs(groups, out, seconds))
 
 
-if __name__ == "__main__":
+def cli():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     commands = {"list": list_, "run": run, "plot": plot, "report": report, "curves": curves}
-    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command goes on.")
+
+
+if __name__ == "__main__":
+    cli()

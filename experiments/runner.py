@@ -29,6 +29,7 @@ QUICK = {  # flags that make a run of each script a matter of seconds
     "off_policy_ac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --no-compile",
     "sac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --no-compile",
 }
+running = set()  # processes
 RUN = ["task", "row", "seed", "command", "code", "commit", "versions", "processor", "date", "seconds of run"]
 POINT = ["task", "row", "seed", "env_steps", "seconds", "return"]
 
@@ -108,9 +109,14 @@ def run(job: Job, out: Path) -> dict:
             where = [*flags, "--run-dir", str(folder), "--seed", str(job.seed)]
         command = [sys.executable, *target, *where]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-        if done.returncode != 0:
-            raise RuntimeError(f"{shlex.join(command[1:])}\n{done.stderr[-2000:]}")
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        )
+        running.add(process)
+        _, errors = process.communicate()
+        running.remove(process)
+        if process.returncode != 0:
+            raise RuntimeError(f"{shlex.join(command[1:])}\n{errors[-2000:]}")
     results = json.loads((folder / "results.json").read_text())
     return {"results": results, "episodes": training_episodes(folder)}
 
@@ -251,6 +257,8 @@ def run_claim(claim, task: str, seeds: int | None, at_a_time: int, quick: bool, 
         try:
             list(pool.map(make, todo))
         except KeyboardInterrupt:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()  # they write a checkpoint, from which the next call goes on
             raise
     return failed

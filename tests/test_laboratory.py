@@ -9,12 +9,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tyro
 from conftest import ROOT, environment
+from helpers import wait_for
 
 from common.flags import check_ranges
 from experiments import runner
@@ -167,18 +167,23 @@ def test_only_what_is_missing_is_run_and_a_failure_stops_nothing(tmp_path, monke
 def test_a_run_goes_on_from_its_checkpoint_and_is_made_once(tmp_path, monkeypatch):
     calls = []
 
-    def call(command, **_):
-        calls.append(command)
-        folder = Path(command[command.index("--resume" if "--resume" in command else "--run-dir") + 1])
-        folder.mkdir(exist_ok=True)
-        if len(calls) == 1:  # killed
-            (folder / "checkpoint.pt").touch()
-            return SimpleNamespace(returncode=-9, stderr="Killed")
-        (folder / "results.json").write_text('{"env_steps": 100}')
-        (folder / "metrics.csv").write_text("env_steps,seconds,tag,value\n50,0.5,charts/episodic_return,4.0\n")
-        return SimpleNamespace(returncode=0)
+    class Process:
+        def __init__(self, command, **_):
+            calls.append(command)
+            folder = Path(command[command.index("--resume" if "--resume" in command else "--run-dir") + 1])
+            folder.mkdir(exist_ok=True)
+            self.returncode = 0
+            if len(calls) == 1:  # killed
+                (folder / "checkpoint.pt").touch()
+                self.returncode = -9
+                return
+            (folder / "results.json").write_text('{"env_steps": 100}')
+            (folder / "metrics.csv").write_text("env_steps,seconds,tag,value\n50,0.5,charts/episodic_return,4.0\n")
 
-    monkeypatch.setattr(runner.subprocess, "run", call)
+        def communicate(self):
+            return None, "Killed"
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Process)
     job = Job("task", "a", 100, "experiments.variants.gradient_variance sac --total-timesteps 100")
     with pytest.raises(RuntimeError, match="Killed"):
         run(job, tmp_path)
@@ -188,6 +193,26 @@ def test_a_run_goes_on_from_its_checkpoint_and_is_made_once(tmp_path, monkeypatc
     assert first[1:4] == second[1:4] == target
     assert first[4:6] == ["--total-timesteps", "100"] and first[-2:] == ["--seed", "100"]
     assert second[4] == "--resume" and len(second) == 6
+
+
+def test_a_stopped_laboratory_leaves_no_run_behind_and_goes_on(tmp_path):
+    """SIGTERM, as Ctrl-C: its run writes a checkpoint; the same command ends as if nothing had been."""
+    claim = "from experiments import __main__ as m, claims; rows = {'a': 'a2c_sync.py --total-timesteps 60000'}; "
+    claim += "m.CLAIMS[:] = [claims.Claim('toy', '', '', {'t': rows}, [], seeds=1)]; "
+    claim += f"import pathlib; m.DATA = m.DOCS = pathlib.Path({str(tmp_path)!r}); m.cli()"
+    words = [sys.executable, "-c", claim, "run", "toy", "--out", str(tmp_path / "runs")]
+    options = {"cwd": ROOT, "env": environment() | {"PYTHONPATH": str(ROOT)}, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, **options)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 1 and "Stopped; the same command goes on." in err, out + err
+    (folder,) = tmp_path.glob("runs/*")
+    assert not (folder / "results.json").exists()
+    done = subprocess.run(words, stderr=subprocess.PIPE, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = read(tmp_path / "toy.runs.csv")
+    assert row["seed"] == "100" and (tmp_path / "figures" / "claim_toy.png").exists()
 
 
 # --- Declarations and the page ----------------------------------------------------------------------------------------
