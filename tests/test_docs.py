@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -70,7 +71,8 @@ def test_command(page, command, monkeypatch):
         known = project["optional-dependencies"]
         assert words[1] == "install" and all(e in known for e in ",".join(extras).split(",") if e)
     elif words[0] == "git":
-        assert words[1:4] == ["diff", "--no-index", "-w"] and all((ROOT / name).exists() for name in words[4:])
+        names = words[4:] if words[1:4] == ["diff", "--no-index", "-w"] else words[2:]
+        assert words[1] in ("diff", "apply") and all((ROOT / name).exists() for name in names)
     elif words[:3] == ["python", "-m", "experiments"]:
         assert words[3] in ("list", "run", "plot", "report", "curves")
         assert words[3] != "run" or words[4] == "CLAIM" or chosen(words[4])
@@ -92,6 +94,15 @@ def test_command(page, command, monkeypatch):
 def test_the_passages_that_speed_replaces_are_in_the_script(tmp_path):
     speed = load(ROOT / "experiments" / "speed.py")
     ast.parse(speed.variant(tmp_path, "off_policy_ac", "edited", speed.PLAIN).read_text())
+
+
+@pytest.mark.parametrize("number, script", [(1, "a2c_sync"), (2, "sac")])
+def test_an_exercise_changes_one_line_of_a_script(number, script, tmp_path):
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
+    patch = str(ROOT / "docs" / "exercises" / f"{number}.diff")
+    subprocess.run(["git", "apply", "--unsafe-paths", f"--directory={tmp_path}", patch], cwd="/", check=True)
+    before, after = ((folder / f"{script}.py").read_text().splitlines() for folder in (ROOT, tmp_path))
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
 
 
 # --- Pages ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,99 @@
+"""Every recipe of docs/recipes.md as it stands there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment
+
+PAGE = (ROOT / "docs" / "recipes.md").read_text()
+RECIPES = {
+    title: re.findall(r"```(?:python|sh)\n(.*?)```", text, re.DOTALL)
+    for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
+}
+
+
+def recipe(beginning):
+    ((code,),) = (blocks for title, blocks in RECIPES.items() if title.startswith(beginning))
+    return code
+
+
+def call(words, folder, **options):
+    env = environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder like the repository's, with a run of 4,000 steps in runs/mine."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for path in [*ROOT.glob("*.py"), ROOT / "common", ROOT / "experiments"]:
+        (folder / path.name).symlink_to(path)
+    flags = ["--total-timesteps", "4000", "--normalize-obs", "--run-dir", "runs/mine", "--eval-episodes", "1"]
+    call([sys.executable, "a2c_sync.py", *flags], folder)
+    return folder
+
+
+def test_recipes_are_short():
+    assert len(RECIPES) == 6
+    for title, blocks in RECIPES.items():
+        for block in blocks:
+            assert len([line for line in block.splitlines() if line.strip()]) <= 11, title
+
+
+def test_act_with_a_trained_agent(folder):
+    printed = call([sys.executable, "-c", recipe("Act")], folder)
+    lengths = [int(length) for length in re.findall(r"an episode of (\d+) steps", printed)]
+    assert 500 < sum(lengths) + len(lengths) <= 1000
+
+
+def test_own_environment_with_wrappers(folder):
+    (folder / "lakes.py").write_text(recipe("Your own"))
+    for name in ("Lake", "Pole"):
+        flags = ["--env-id", f"lakes:{name}-v0", "--total-timesteps", "2000", "--eval-episodes", "1"]
+        call([sys.executable, "a2c_sync.py", *flags, "--run-dir", f"runs/{name}"], folder)
+        assert (folder / "runs" / name / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_discrete_actions_off_policy(folder):
+    command = recipe("Discrete").replace("30000", "700") + " --learning-starts 600 --eval-episodes 1"
+    call(command.replace("\n", " "), folder, shell=True)
+
+
+@pytest.mark.slow
+def test_several_seeds(folder):
+    call(recipe("Several").replace("50000", "4000 --eval-episodes 1"), folder, shell=True)
+    assert {path.name for path in (folder / "runs" / "seeds").iterdir()} == {"1", "2", "3", "4"}
+    assert (folder / "seeds.png").stat().st_size > 5000
+
+
+@pytest.mark.slow  # pip install -e ".[recipes]"
+def test_sweep(folder):
+    assert "'actor_lr'" in call([sys.executable, "-c", recipe("A sweep")], folder)
+
+
+@pytest.mark.slow
+def test_onnx(folder):
+    import numpy as np
+    import onnxruntime
+    import torch
+
+    from evaluate import load_agent
+
+    call([sys.executable, "-c", recipe("The policy")], folder)
+    session = onnxruntime.InferenceSession(str(Path(folder) / "policy.onnx"))
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        agent, *_ = load_agent("runs/mine")
+    finally:
+        os.chdir(before)
+    for obs in np.random.default_rng(0).normal(size=(20, 1, 4)).astype(np.float32):
+        (actions,) = session.run(None, {"obs": obs})
+        assert actions.tolist() == agent.act(torch.as_tensor(obs), greedy=True).tolist()
