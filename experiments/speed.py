@@ -46,7 +46,20 @@ OURS_EQUAL = (
 @dataclass
 class Options:
     part: Literal[
-        "all", "equal", "native", "solve", "replay", "buffer", "sac", "pixels", "update", "denormals", "workers", "race"
+        "all",
+        "equal",
+        "native",
+        "solve",
+        "replay",
+        "buffer",
+        "sac",
+        "pixels",
+        "update",
+        "parts",
+        "busy",
+        "denormals",
+        "workers",
+        "race",
     ] = "all"
     """which comparison to run"""
     rounds: int = 3
@@ -444,6 +457,68 @@ def update(options: Options):
         line(name, each, "ms", 2)
 
 
+def parts_worker(compiled: bool, steps: int = 1_500) -> dict:
+    """Milliseconds of the parts of a step of sac.py, all cores, each timed between the others as in a run."""
+    import numpy as np
+    import torch
+
+    import sac
+    from common.precision import choose_precision, set_precision
+
+    torch.set_num_threads(os.cpu_count())
+    args, device = sac.Args(env_id="HalfCheetah-v5"), torch.device("cpu")
+    envs = sac.make_envs(args)
+    agent = sac.make_agent(envs, args)
+    optimizer = sac.make_optimizer(agent, args)
+    set_precision(choose_precision("auto", agent, device))
+    number = ((), np.float32)
+    fields = {"obs": envs.obs_spec, "actions": envs.action_spec, "rewards": number, "next_obs": envs.obs_spec}
+    buffer = sac.RingBuffer(10_000, fields | {"terminated": number}, device)
+    update = sac.compiled(sac.update, device) if compiled else sac.update
+    obs, valid, clock, names = envs.reset(seed=1)[0], np.ones(1, bool), time.perf_counter, "act env store sample update"
+    times = np.zeros((steps, 5))
+    for t in range(-300, steps):
+        marks = [clock()]
+        actions = agent.act(torch.as_tensor(obs)).numpy()
+        marks.append(clock())
+        next_obs, rewards, terminated, _, _ = envs.step(actions)
+        marks.append(clock())
+        buffer.add(valid, obs=obs, actions=actions, rewards=rewards, next_obs=next_obs, terminated=terminated)
+        obs = next_obs
+        marks.append(clock())
+        batch = buffer.sample(256)
+        marks.append(clock())
+        update(agent, optimizer, batch, args)
+        times[t] = np.diff([*marks, clock()])  # those before 0 are written over
+    return dict(zip(names.split(), (1e3 * times.mean(0)).tolist()))
+
+
+def parts(options: Options):
+    print(f"The parts of a step of sac.py, HalfCheetah-v5, {os.cpu_count()} threads, milliseconds")
+    for name, flag in (("eager", False), ("--compile", True)):
+        rounds = [theirs(parts=flag) for _ in range(options.rounds)]
+        for part in rounds[0]:
+            line(f"{name}: {part}", rounds, part, 3)
+
+
+def busy(options: Options):
+    """One round: a run beside as many processes that compute; it is ended after half a minute."""
+    print(f"sac.py, HalfCheetah-v5, steps/s beside other processes that compute, {os.cpu_count()} cores")
+    loop = [sys.executable, "-c", "while True: pass"]
+    for flags in ("", "--compile"):
+        for num_threads in (1, os.cpu_count()):
+            for others in range(os.cpu_count() + 1):
+                words = f"--env-id HalfCheetah-v5 --num-threads {num_threads} {flags}"
+                processes = [subprocess.Popen(loop) for _ in range(others)]
+                try:
+                    found = long("sac.py", f"{words} --learning-starts 500", 90 if flags else 45, 600)["sps"]
+                except StopIteration:
+                    found = 0.0  # not a step in this time
+                for process in processes:
+                    process.kill()
+                print(f"{flags or 'eager'}, {num_threads} threads, beside {others}: {found:.1f}", flush=True)
+
+
 def adam_worker(flush: bool) -> dict:
     """Milliseconds of Adam's step for a layer of 256 x 256, 1,200 steps after half of its gradients became zero."""
     import torch
@@ -509,6 +584,8 @@ def race(options: Options):
 def worker(spec: dict) -> dict:
     if "sac" in spec:
         return sac_worker(spec["sac"])
+    if "parts" in spec:
+        return parts_worker(spec["parts"])
     if "adam" in spec:
         return adam_worker(spec["adam"])
     if "products" in spec:
@@ -524,6 +601,6 @@ if __name__ == "__main__":
         print(json.dumps(worker(json.loads(options.worker))))
         sys.exit()
     print(processor())
-    for part in (equal, native, solve, replay, buffer, sac, pixels, update, denormals, workers, race):
+    for part in (equal, native, solve, replay, buffer, sac, pixels, update, parts, busy, denormals, workers, race):
         if options.part in ("all", part.__name__):
             part(options)
