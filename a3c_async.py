@@ -41,7 +41,7 @@ from common.envs import find_spec, make_envs
 from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, UserError
 from common.optim import RMSpropA3C
 from common.run import Run, isolated, run_cli
-from common.workers import POLL_SECONDS, Snapshot, Worker, Workers, copy_parameters, shared
+from common.workers import POLL_SECONDS, Snapshot, Worker, copy_parameters, engine, shared
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 
@@ -60,6 +60,8 @@ class Args(RunArgs):
     """T, steps of a worker's environments between two pulls of the parameters"""
     update: Literal["hogwild", "pooled"] = "hogwild"
     """hogwild: every worker updates by itself (A3C); pooled: one update of what all workers handed over (D6)"""
+    engine: Literal["processes", "ray"] = "processes"
+    """what pooled's workers are: processes of this machine, or Ray actors, in the cluster of RAY_ADDRESS if set"""
     batch_size: Count = 128
     """transitions of a pooled update, at least: rollouts stay whole; hogwild's has those of one rollout, T x N"""
     max_lag: Annotated[int, "[0, inf)"] | None = None
@@ -105,6 +107,8 @@ def check_flags(args: Args):
         raise UserError("--slow-worker must be below --worker-timeout, or worker 0 is replaced again and again.")
     if args.update == "pooled" and args.batch_size > args.total_timesteps:
         raise UserError("--batch-size must not exceed --total-timesteps: nothing would be learned.")
+    if args.engine == "ray" and args.update == "hogwild":
+        raise UserError("--engine ray: hogwild's workers share memory, so they are processes; use --update pooled.")
     if args.num_envs not in (None, args.num_workers * envs_of_worker(args)):
         raise UserError(
             f"--num-envs {args.num_envs} is not --num-workers {args.num_workers} times the environments of a worker; "
@@ -506,10 +510,11 @@ def train(args: Args) -> dict:
     fields = record_fields(make_rollout(envs, args.num_steps, envs_of_worker(args)), args)
     envs.close()
     optimizer = make_optimizer(agent, args)
-    snapshot, lags = Snapshot(agent), Lags()
+    snapshot_type, workers_type = engine(args.engine)
+    snapshot, lags = snapshot_type(agent), Lags()
     worker_steps, worker_updates = (shared((args.num_workers,), np.int64) for _ in range(2))
     worker, spec = hogwild_worker if hogwild else pooled_worker, find_spec(args.env_id)
-    workers = Workers(worker, args.num_workers, fields, args.worker_timeout, spec)
+    workers = workers_type(worker, args.num_workers, fields, args.worker_timeout, spec)
 
     with run.open(agent=agent, envs=workers, optimizer=optimizer, lags=lags):
         for state in optimizer.state.values():

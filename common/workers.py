@@ -163,39 +163,99 @@ class Worker:
         os._exit(1)
 
 
-class Workers:
-    """`num` processes that run target(worker, *args), replaced when they die or have not beaten for `timeout` seconds.
+class BaseWorkers:
+    """The rules for `num` workers, whatever they are: who dies or has not beaten for `timeout` seconds is replaced.
 
-    To `Run` they are the environments: close() ends them.
+    A subclass has _launch, _end and _name, with a worker's index, and _look, which says why one has died, or None.
+    To `Run` the workers are the environments: close() ends them.
     """
 
-    def __init__(self, target, num: int, fields: dict[str, tuple], timeout: float, spec=None):
+    def __init__(self, target, num: int, timeout: float, spec=None):
         """`spec`: gymnasium's, of the environment that workers make; the calling program may have made it itself."""
         try:
             self._spec = cloudpickle.dumps(spec)
         except Exception as error:
             raise UserError(f"{spec.id} cannot be sent to worker processes: {error}") from None
         self._target, self._timeout = target, timeout
-        self._mailboxes = [Mailbox(fields) for _ in range(num)]
-        self._beats, self._errors = shared((num,), np.float64), shared((num, 8192), np.uint8)
-        self._processes, self._generations = [None] * num, [0] * num
+        self._beats, self._generations = shared((num,), np.float64), [0] * num  # a beat changes the number from 0
         self._heard, self._silence = [0.0] * num, [0.0] * num  # last beat of a worker, seconds since
         self._warned = False
         self._failures = 0  # workers that died since a record came in
         self._last_watch = time.monotonic()
-        self._turn = self.replaced = 0
-        # Forked from a process that has imported everything and run nothing, a worker starts in hundredths of a second
-        mp.set_forkserver_preload([target.__module__, "torch", "gymnasium", "tyro", "torch.utils.tensorboard"])
+        self.replaced = 0
 
     def start(self, *args):
         """`args` go to the target behind its Worker; tensors among them should be shared."""
         self._args = args
-        for index in range(len(self._processes)):
+        for index in range(len(self._generations)):
             self._start(index)
 
     def _start(self, index: int):
-        self._beats[index] = self._errors[index] = 0
+        self._beats[index] = 0
         self._heard[index] = self._silence[index] = 0.0
+        self._launch(index)
+        self._generations[index] += 1
+
+    def watch(self):
+        """Replaces workers that died or hang, with a line each; raises UserError when that would not help.
+
+        Looks ten times a second, so that it can be called at every turn.
+        """
+        now = time.monotonic()
+        if now - self._last_watch < 0.1:
+            return
+        # If this process was stopped, so were the workers, perhaps: of such a pause only so much counts
+        passed = min(now - self._last_watch, self._timeout / 2)
+        self._last_watch = now
+        for index in range(len(self._generations)):
+            beat = float(self._beats[index])
+            allowed = self._timeout if beat else max(self._timeout, STARTUP_SECONDS)
+            self._silence[index] = self._silence[index] + passed if beat == self._heard[index] else 0.0
+            self._heard[index] = beat
+            if (cause := self._look(index)) is not None:
+                self._failures += 1
+                self._replace(index, cause)
+            elif self._silence[index] > allowed:
+                self._replace(index, f"gave no sign of life for {allowed:g} seconds")
+            elif self._silence[index] > allowed / 2 and not self._warned:
+                self._warned = True
+                tqdm.write(
+                    f"worker {index} has taken {allowed / 2:g} seconds for a step and is replaced after {allowed:g}: "
+                    "where steps take so long, give a larger --worker-timeout",
+                    file=sys.stderr,
+                )
+
+    def _replace(self, index: int, cause: str):
+        name = self._name(index)
+        self._end(index)
+        if self._failures >= 2 * len(self._generations):
+            raise UserError(f"workers died {self._failures} times before anything came in; the last, {name}, {cause}")
+        if self.replaced == MAX_REPLACED:
+            raise UserError(f"{MAX_REPLACED} workers have been replaced; the last, {name}, {cause}")
+        self.replaced += 1
+        tqdm.write(f"{name} {cause}\n  replaced ({self.replaced} of at most {MAX_REPLACED})", file=sys.stderr)
+        self._start(index)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict):
+        pass
+
+
+class Workers(BaseWorkers):
+    """Processes that run target(worker, *args). close() ends them."""
+
+    def __init__(self, target, num: int, fields: dict[str, tuple], timeout: float, spec=None):
+        super().__init__(target, num, timeout, spec)
+        self._mailboxes = [Mailbox(fields) for _ in range(num)]
+        self._errors = shared((num, 8192), np.uint8)
+        self._processes, self._turn = [None] * num, 0
+        # Forked from a process that has imported everything and run nothing, a worker starts in hundredths of a second
+        mp.set_forkserver_preload([target.__module__, "torch", "gymnasium", "tyro", "torch.utils.tensorboard"])
+
+    def _launch(self, index: int):
+        self._errors[index] = 0
         worker = Worker(index, self._generations[index], self._mailboxes[index], self._beats, self._errors)
         args = self._target, self._args, self._spec, get_precision()
         process = mp.get_context("forkserver").Process(target=worker.run, args=args)
@@ -206,7 +266,6 @@ class Workers:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._processes[index] = process
-        self._generations[index] += 1
 
     @property
     def pids(self) -> list[int]:
@@ -226,36 +285,9 @@ class Workers:
                 return None
             time.sleep(POLL_SECONDS)
 
-    def watch(self):
-        """Replaces workers that died or hang, with a line each; raises UserError when that would not help.
-
-        Looks ten times a second, so that it can be called at every turn.
-        """
-        now = time.monotonic()
-        if now - self._last_watch < 0.1:
-            return
-        # If this process was stopped, so were the workers, perhaps: of such a pause only so much counts
-        passed = min(now - self._last_watch, self._timeout / 2)
-        self._last_watch = now
-        for index, process in enumerate(self._processes):
-            beat = float(self._beats[index])
-            allowed = self._timeout if beat else max(self._timeout, STARTUP_SECONDS)
-            self._silence[index] = self._silence[index] + passed if beat == self._heard[index] else 0.0
-            self._heard[index] = beat
-            if process.exitcode is not None:
-                self._failures += 1
-                self._replace(index, self._cause(index, process.exitcode))
-            elif self._silence[index] > allowed:
-                self._replace(index, f"gave no sign of life for {allowed:g} seconds")
-            elif self._silence[index] > allowed / 2 and not self._warned:
-                self._warned = True
-                tqdm.write(
-                    f"worker {index} has taken {allowed / 2:g} seconds for a step and is replaced after {allowed:g}: "
-                    "where steps take so long, give a larger --worker-timeout",
-                    file=sys.stderr,
-                )
-
-    def _cause(self, index: int, exitcode: int) -> str:
+    def _look(self, index: int) -> str | None:
+        if (exitcode := self._processes[index].exitcode) is None:
+            return None
         text = bytes(self._errors[index].numpy()).rstrip(b"\0").decode(errors="replace")
         if text:
             return f"failed:\n{text}"
@@ -266,28 +298,29 @@ class Workers:
             killed += ' before it began (if your own program calls train(): behind `if __name__ == "__main__":`?)'
         return killed
 
-    def _replace(self, index: int, cause: str):
-        process = self._processes[index]
-        name = f"worker {index} (process {process.pid})"
-        end([process])
-        if self._failures >= 2 * len(self._processes):
-            raise UserError(f"workers died {self._failures} times before anything came in; the last, {name}, {cause}")
-        if self.replaced == MAX_REPLACED:
-            raise UserError(f"{MAX_REPLACED} workers have been replaced; the last, {name}, {cause}")
-        self.replaced += 1
-        tqdm.write(f"{name} {cause}\n  replaced ({self.replaced} of at most {MAX_REPLACED})", file=sys.stderr)
-        self._start(index)
+    def _name(self, index: int) -> str:
+        return f"worker {index} (process {self._processes[index].pid})"
+
+    def _end(self, index: int):
+        end([self._processes[index]])
 
     def close(self, terminate: bool = False):
         """Ends all processes."""
         end([process for process in self._processes if process is not None])
         self._processes = [None] * len(self._processes)
 
-    def state_dict(self) -> dict:
-        return {}
 
-    def load_state_dict(self, state: dict):
-        pass
+def engine(name: str) -> tuple[type, type]:
+    """The Snapshot and the Workers of --engine."""
+    if name == "processes":
+        return Snapshot, Workers
+    try:
+        from common import ray_workers
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise UserError('--engine ray needs an extra: pip install -e ".[ray]"') from None
+    return ray_workers.Snapshot, ray_workers.Workers
 
 
 def end(processes: list):

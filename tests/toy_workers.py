@@ -106,3 +106,28 @@ def fail_beside_a_frozen_simulator(worker):
     signal.alarm = lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds / 50)  # a fast clock
     worker.close_at_exit(Frozen())
     fail(worker)
+
+
+def hang_as_number_0(worker):
+    """In the second record of the first generation."""
+    worker.send(number=[worker.index, worker.generation, 0])
+    if worker.index == worker.generation == 0:
+        time.sleep(10**6)
+    count(worker)
+
+
+def wait_twice(worker):
+    """As after a rollout that had no transition."""
+    while True:
+        worker.wait()
+        worker.wait()
+        worker.send(number=[worker.index, worker.generation, os.getpid()])
+
+
+def tell_version(worker, snapshot, module):
+    """The version that came with the request, and whether the parameters are all of that version."""
+    while True:
+        worker.wait()
+        version = snapshot.pull(module)
+        whole = all((p == version).all() for p in module.parameters())
+        worker.send(number=[version, whole, os.getpid()])
