@@ -24,19 +24,24 @@ UNITS = {
 
 
 def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False, unit: str = "training return"):
-    """row -> a curve (points, 3) of env_steps, seconds, return for each seed; thin lines, IQM and interval."""
+    """row -> a curve (points, 3) of env_steps, seconds, return for each seed; thin lines, IQM and interval.
+
+    Of more than five rows the IQM alone, or nothing could be made out; the values beside them have every seed.
+    """
+    crowded = len(lines) > 5
     for i, (row, seeds) in enumerate(lines.items()):
         column = 1 if seconds else 0
         grid = np.linspace(0, min(each[-1, column] for each in seeds), 101)[1:]
         grid = grid[grid >= max(each[0, column] for each in seeds)]  # where every seed has finished an episode
         values = np.stack([np.interp(grid, each[:, column], each[:, 2]) for each in seeds], 1)
         color, style = f"C{i % 10}", LINES[i % len(LINES)]
-        for each in seeds:
+        for each in seeds if not crowded else []:
             axes.plot(each[:, column], each[:, 2], color=color, linewidth=0.4, alpha=0.5)
         axes.plot(grid, iqm(values), color=color, linestyle=style, linewidth=1.8, label=row)
-        if len(seeds) > 1:
+        if len(seeds) > 1 and not crowded:
             axes.fill_between(grid, *interval(values), color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="seconds" if seconds else "environment steps", ylabel=unit)
+    axes.xaxis.set_major_locator(plt.MaxNLocator(5))
     axes.grid(alpha=0.3)
 
 
