@@ -97,3 +97,11 @@ def test_onnx(folder):
     for obs in np.random.default_rng(0).normal(size=(20, 1, 4)).astype(np.float32):
         (actions,) = session.run(None, {"obs": obs})
         assert actions.tolist() == agent.act(torch.as_tensor(obs), greedy=True).tolist()
+
+
+@pytest.mark.slow
+def test_annotated_pages(tmp_path):
+    call([sys.executable, "-m", "experiments.annotate", "--out", str(tmp_path / "pages")], ROOT)
+    for name in ("a2c_sync", "a3c_async", "off_policy_ac", "sac"):
+        page = (tmp_path / "pages" / f"{name}.html").read_text()
+        assert "<h2>Equations</h2>" in page and "<code>--gamma</code>" in page and "(6)" in page
