@@ -14,7 +14,7 @@ import tyro
 from experiments.claims import CLAIMS
 from experiments.report import report as write_report
 from experiments.report import shown
-from experiments.runner import DATA, ROOT, run_claim, training_episodes
+from experiments.runner import DATA, ROOT, read_log, run_claim
 
 DOCS = ROOT / "docs"
 Name = Annotated[str, tyro.conf.Positional]
@@ -109,7 +109,7 @@ def curves(
     } - {"seed", "run_dir", "resume"}  # fmt: skip
     for folder, flags in saved.items():
         label = " ".join([flags["script"], flags["env_id"], *(f"{n} {flags.get(n)}" for n in sorted(differing))])
-        episodes = training_episodes(folder)
+        episodes = read_log(folder)["charts/episodic_return"]
         if episodes:
             groups.setdefault(label, []).append((episodes, episodes[-1][0]))
     if not groups:

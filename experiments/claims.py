@@ -31,6 +31,7 @@ LUNAR = (
     "--reward-scale 0.05 --total-timesteps 1000000"
 )
 SHARED = {f"shared, c = {c}": f"--network shared --value-coef {c}" for c in (0.05, 0.25, 0.5, 2)}
+TRUNK = "trunk_actor_grad", "trunk_critic_grad", "trunk_grad_cosine"
 STEPS = "--total-timesteps 200000"
 SLOW = "--env-id experiments.uneven:SlowCartPole-v0 --total-timesteps 60000 --eval-episodes 1 --checkpoint-every 60000"
 EIGHT = {  # eight environments at a time, so batches of 64 transitions in each
@@ -79,7 +80,7 @@ CLAIMS = [
             Expect("shared, c = 0.5", "shared, c = 0.05"),
             Expect("shared, c = 0.5", "shared, c = 2"),
         ],
-        measures=("return", "training return", "worst stretch"),
+        measures=("return", "training return", "worst stretch", *TRUNK),
     ),
     Claim(
         "order",
@@ -184,19 +185,35 @@ CLAIMS = [
         "D13, D14",
         {
             task: {
-                "K = 1, plain Q": f"{OFF} {flags} --num-action-samples 1 --baseline none",
-                "K = 8, plain Q": f"{OFF} {flags} --baseline none",
-                "K = 64, plain Q": f"{OFF} {flags} --num-action-samples 64 --baseline none",
-                "K = 2, baseline": f"{OFF} {flags} --num-action-samples 2",
-                "K = 8, baseline": f"{OFF} {flags}",
+                "K = 1, plain Q": f"{OFF}{flags} --num-action-samples 1 --baseline none",
+                "K = 8, plain Q": f"{OFF}{flags} --baseline none",
+                "K = 64, plain Q": f"{OFF}{flags} --num-action-samples 64 --baseline none",
+                "K = 2, baseline": f"{OFF}{flags} --num-action-samples 2",
+                "K = 8, baseline": f"{OFF}{flags}",
             }
-            for task, flags in {"CartPole-v1": "", "Pendulum-v1": PENDULUM}.items()
+            for task, flags in {"CartPole-v1": "", "Pendulum-v1": f" {PENDULUM}"}.items()
         },
         [
             Expect("K = 8, plain Q", "K = 1, plain Q"),
             Expect("K = 64, plain Q", "K = 8, plain Q"),
             Expect("K = 8, baseline", "K = 8, plain Q"),
         ],
+    ),
+    Claim(
+        "beyond",
+        "Fresh actions and Q need a baseline, an entropy bonus and a target network beside them.",
+        "D10 to D13, D17",
+        {
+            task: {
+                "all": f"{OFF}{flags}",
+                "no baseline": f"{OFF}{flags} --baseline none",
+                "no entropy bonus": f"{OFF}{flags} --ent-coef 0",
+                "no target network": f"{OFF}{flags} --tau 1",
+                "constant learning rates": f"{OFF}{flags} --no-lr-decay",
+            }
+            for task, flags in {"CartPole-v1": "", "Pendulum-v1": f" {PENDULUM}"}.items()
+        },
+        [Expect("all", row, "training return") for row in ("no baseline", "no entropy bonus", "no target network")],
     ),
     Claim(
         "buffer",

@@ -118,21 +118,27 @@ def run(job: Job, out: Path) -> dict:
         if process.returncode != 0:
             raise RuntimeError(f"{shlex.join(command[1:])}\n{errors[-2000:]}")
     results = json.loads((folder / "results.json").read_text())
-    return {"results": results, "episodes": training_episodes(folder)}
+    return {"results": results, "log": read_log(folder)}
 
 
-def training_episodes(folder: Path) -> list[tuple[int, float, float]]:
-    """Environment steps, seconds and return of every training episode, in the order in which they ended."""
+def read_log(folder: Path) -> dict[str, list[tuple[int, float, float]]]:
+    """metrics.csv: tag -> (environment steps, seconds, value) of each row."""
+    log = {"charts/episodic_return": []}
     with open(folder / "metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["tag"] == "charts/episodic_return"]
-    return [(int(row["env_steps"]), float(row["seconds"]), float(row["value"])) for row in rows]
+        for row in csv.DictReader(file):
+            log.setdefault(row["tag"], []).append((int(row["env_steps"]), float(row["seconds"]), float(row["value"])))
+    return log
 
 
 # --- Measures: of results.json, or of the training episodes ----------------------------------------------------------
 
 
-def measured(name: str, results: dict, episodes: list) -> float | None:
-    """`return` is that of the greedy evaluation; `steps to X` when 20 training episodes first had a mean of X."""
+def measured(name: str, results: dict, log: dict) -> float | None:
+    """`return` is that of the greedy evaluation; `steps to X` when 20 training episodes first had a mean of X.
+
+    The mean of a logged loss by its name; else what results.json has under the name.
+    """
+    episodes = log["charts/episodic_return"]
     if name == "return":
         return results["eval_return_mean"]
     if name == "training return":  # the mean over all steps: how soon as well as how much
@@ -142,6 +148,8 @@ def measured(name: str, results: dict, episodes: list) -> float | None:
             episodes[-1][2]
         ]
         return min(mean(returns[i : i + 20]) for i in range(max(1, len(returns) - 19)))
+    if logged := log.get(f"losses/{name}"):
+        return mean(value for _, _, value in logged)
     unit, _, threshold = name.partition(" to ")
     if not threshold:
         return results.get(name)
@@ -196,14 +204,14 @@ def key(row: dict) -> tuple:
 def add(claim, data: Path, job: Job, made: dict):
     """Puts a finished run among the claim's data, in the order of the declaration."""
     order = {each.key: i for i, each in enumerate(jobs_of(claim, 1000))}
-    results, episodes = made["results"], made["episodes"]
+    results, log = made["results"], made["log"]
     row = dict(zip(RUN, [*job.key, job.command, code_version(job.source()), *circumstances()]))
     row["seconds of run"] = f"{results['seconds']:.1f}"
-    values = {name: measured(name, results, episodes) for name in claim.measures}
+    values = {name: measured(name, results, log) for name in claim.measures}
     row |= {name: "" if value is None else f"{value:.6g}" for name, value in values.items()}
     points = [
         dict(zip(POINT, [*job.key, env_steps, f"{seconds:.1f}", f"{value:.6g}"]))
-        for env_steps, seconds, value in curve(episodes, results["env_steps"])
+        for env_steps, seconds, value in curve(log["charts/episodic_return"], results["env_steps"])
     ]
     for kind, names, new in (("runs", RUN + list(claim.measures), [row]), ("curves", POINT, points)):
         path = data / f"{claim.name}.{kind}.csv"

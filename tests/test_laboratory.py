@@ -87,14 +87,16 @@ def test_a_verdict():
 
 def test_measures_of_a_run():
     episodes = [(100 * i, float(i), 10.0 * i) for i in range(1, 101)]  # at 100, 200, ... steps; returns 10, 20, ...
+    log = {"charts/episodic_return": episodes, "losses/trunk_grad_cosine": [(1, 0.1, 0.5), (2, 0.2, -0.1)]}
     results = {"env_steps": 10_000, "seconds": 123.0, "eval_return_mean": 77.0, "q": 3.0}
-    assert measured("return", results, episodes) == 77 and measured("q", results, episodes) == 3
-    assert measured("training return", results, episodes) == pytest.approx(505)
-    assert measured("worst stretch", results, episodes) == np.mean([10 * i for i in range(51, 71)])
+    assert measured("return", results, log) == 77 and measured("q", results, log) == 3
+    assert measured("training return", results, log) == pytest.approx(505)
+    assert measured("worst stretch", results, log) == np.mean([10 * i for i in range(51, 71)])
     # Returns 310 to 500 have a mean of 405, those before it one of 395
-    assert measured("steps to 400", results, episodes) == 5000 and measured("seconds to 400", results, episodes) == 50
-    assert measured("steps to 9999", results, episodes) == 10_000  # never: at least so many
-    assert measured("plain Q, K = 1", results, episodes) is None
+    assert measured("steps to 400", results, log) == 5000 and measured("seconds to 400", results, log) == 50
+    assert measured("steps to 9999", results, log) == 10_000  # never: at least so many
+    assert measured("trunk_grad_cosine", results, log) == pytest.approx(0.2)
+    assert measured("plain Q, K = 1", results, log) is None
 
 
 def test_a_curve_has_a_point_for_each_hundredth_and_hides_no_gap():
@@ -112,7 +114,8 @@ def test_a_curve_has_a_point_for_each_hundredth_and_hides_no_gap():
 TOY = Claim(
     "toy", "Toys.", "D0", {"task": {"a": "a2c_sync.py --gamma 0.9", "b": "a2c_sync.py"}}, [Expect("a", "b")], seeds=3
 )
-MADE = {"results": {"env_steps": 100, "seconds": 1.0, "eval_return_mean": 5.0}, "episodes": [(50, 0.5, 4.0)]}
+LOG = {"charts/episodic_return": [(50, 0.5, 4.0)]}
+MADE = {"results": {"env_steps": 100, "seconds": 1.0, "eval_return_mean": 5.0}, "log": LOG}
 
 
 def test_the_codes_version_is_that_of_what_it_does(tmp_path, monkeypatch):
@@ -188,7 +191,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_is_made_once(tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="Killed"):
         run(job, tmp_path)
     for _ in range(2):
-        assert run(job, tmp_path) == {"results": {"env_steps": 100}, "episodes": [(50, 0.5, 4.0)]}
+        assert run(job, tmp_path) == {"results": {"env_steps": 100}, "log": LOG}
     (first, second), target = calls, ["-m", "experiments.variants.gradient_variance", "sac"]
     assert first[1:4] == second[1:4] == target
     assert first[4:6] == ["--total-timesteps", "100"] and first[-2:] == ["--seed", "100"]
