@@ -48,8 +48,8 @@ from common.workers import POLL_SECONDS, Snapshot, Worker, copy_parameters, engi
 
 @dataclass
 class Args(RunArgs):
-    device: Literal["auto", "cpu"] = "cpu"
-    """where the networks live: in memory that all workers share, so the CPU"""
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """where pooled's networks learn; workers act on the CPU, in whose memory hogwild's networks are"""
     num_workers: Count = 4
     """W, processes that act"""
     envs_per_worker: Count | None = None
@@ -107,6 +107,8 @@ def check_flags(args: Args):
         raise UserError("--slow-worker must be below --worker-timeout, or worker 0 is replaced again and again.")
     if args.update == "pooled" and args.batch_size > args.total_timesteps:
         raise UserError("--batch-size must not exceed --total-timesteps: nothing would be learned.")
+    if args.device == "cuda" and args.update == "hogwild":
+        raise UserError("--device cuda: hogwild's workers share the CPU's memory; use --update pooled.")
     if args.engine == "ray" and args.update == "hogwild":
         raise UserError("--engine ray: hogwild's workers share memory, so they are processes; use --update pooled.")
     if args.num_envs not in (None, args.num_workers * envs_of_worker(args)):
@@ -506,7 +508,8 @@ def train(args: Args) -> dict:
     check_flags(args)
     hogwild = args.update == "hogwild"
     envs = make_envs(args, 1)  # for its spaces; the workers have their own
-    agent = make_agent(envs, args).share_memory()
+    agent = make_agent(envs, args)
+    agent = agent.share_memory() if hogwild else agent.to(run.device)
     fields = record_fields(make_rollout(envs, args.num_steps, envs_of_worker(args)), args)
     envs.close()
     optimizer = make_optimizer(agent, args)
@@ -517,7 +520,7 @@ def train(args: Args) -> dict:
     workers = workers_type(worker, args.num_workers, fields, args.worker_timeout, spec)
 
     with run.open(agent=agent, envs=workers, optimizer=optimizer, lags=lags):
-        for state in optimizer.state.values():
+        for state in optimizer.state.values() if hogwild else ():
             state["square_avg"].share_memory_()  # before the workers start: later, each would have its own
         worker_steps[0], worker_updates[0] = run.env_steps, run.updates  # of earlier sessions
         snapshot.publish(agent, run.updates)
@@ -545,9 +548,10 @@ def train(args: Args) -> dict:
                     continue
                 # Learn: the workers' rollouts side by side, as if one worker had had all the environments
                 arrays = (np.concatenate([each[name] for each in pool], 1) for name in Rollout._fields)
+                batch = Rollout(*(torch.as_tensor(array, device=run.device) for array in arrays))
                 if args.lr_decay:
                     decay_learning_rates(optimizer, (run.env_steps - pool_size) / args.total_timesteps)
-                metrics = update(agent, optimizer, Rollout(*map(torch.from_numpy, arrays)), args, agent, lambda: True)
+                metrics = update(agent, optimizer, batch, args, agent, lambda: True)
                 run.updates += 1
                 snapshot.publish(agent, run.updates)
                 pool = []

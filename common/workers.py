@@ -77,7 +77,7 @@ class Snapshot:
     """
 
     def __init__(self, module: torch.nn.Module):
-        self._params = [p.detach().clone().share_memory_() for p in module.parameters()]
+        self._params = [p.detach().cpu().clone().share_memory_() for p in module.parameters()]
         self._number, self._version = shared((1,), np.int64), shared((1,), np.int64)
 
     def publish(self, module: torch.nn.Module, version: int):

@@ -515,6 +515,7 @@ def test_resume_with_another_number_of_environments(workdir):
         resume(num_envs=6)
 
 
+@pytest.mark.slow
 @BOTH
 def test_killed_workers_cost_nothing_but_their_rollouts(workdir, capsys, update):
     """SIGKILL and SIGSTOP at random moments; every step is counted and all episodes are whole."""

@@ -10,6 +10,7 @@ from helpers import checkpoint
 from test_compile import CASES, SHORT, random_batch, updates
 
 import a2c_sync
+import a3c_async
 import sac
 from common.compile import compiled
 from common.ring_buffer import RingBuffer
@@ -76,3 +77,12 @@ def test_the_buffer_lies_on_the_gpu():
 def test_sac_learns_pendulum_on_a_gpu(workdir):
     end = sac.train(sac.Args(run_dir="run", total_timesteps=6_000, device="cuda", compile=True))
     assert end["eval_return_mean"] > -300
+
+
+def test_a3cs_learner_on_a_gpu(workdir):
+    """Its workers act on the CPU with what it publishes."""
+    flags = {"update": "pooled", "num_workers": 2, "batch_size": 64, "total_timesteps": 3_000, "eval_episodes": 1}
+    end = a3c_async.train(a3c_async.Args(run_dir="run", device="cuda", **flags))
+    assert end["updates"] > 20 and end["env_steps"] >= 3_000
+    assert checkpoint("run")["parts"]["agent"]["actor.head.weight"].device.type == "cuda"
+    a3c_async.train(dataclasses.replace(load_args("run"), total_timesteps=4_000))

@@ -1,6 +1,6 @@
 """--engine ray: workers as Ray actors, in a cluster of three nodes on this machine, of which one may not act.
 
-All but the first two tests need the extra `ray` and are slow: pytest -m slow -n 0 tests/test_ray.py
+All but the first three tests need the extra `ray` and are slow: pytest -m slow -n 0 tests/test_ray.py
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ import toy_workers
 from conftest import ROOT, finish, start
 from helpers import checkpoint, metrics, processes, session_members, wait_for
 
-from a3c_async import Args, train
+from a3c_async import Args, check_flags, train
 from common.flags import UserError
 
 SCRIPT = ROOT / "a3c_async.py"
@@ -30,6 +30,12 @@ def test_hogwild_is_refused(workdir):
     with pytest.raises(UserError, match="hogwild's workers share memory"):
         train(Args(engine="ray"))
     assert not list(workdir.iterdir())
+
+
+def test_hogwild_on_a_gpu_is_refused():
+    with pytest.raises(UserError, match="hogwild's workers share the CPU's memory"):
+        check_flags(Args(device="cuda"))
+    check_flags(Args(device="cuda", update="pooled"))
 
 
 def test_without_ray_a_sentence_says_how_to_install_it(workdir, monkeypatch):
@@ -367,7 +373,7 @@ import dataclasses, json, os, sys
 sys.path.insert(0, {root!r})
 import gymnasium as gym
 from gymnasium.envs.classic_control import CartPoleEnv
-from a3c_async import Args, train
+from a3c_async import Args, check_flags, train
 from evaluate import load_args
 
 class Short(CartPoleEnv):
