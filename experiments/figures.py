@@ -74,7 +74,8 @@ def plot_claim(claim, data: Path, folder: Path) -> Path:
             draw_values(axes[0], values, "variance / squared length of the mean gradient", claim.log)
         else:
             name = claim.measures[0]
-            values = {row: [float(run[name]) for run in of_task if run["row"] == row] for row in rows}
+            values = {row: [float(run[name]) for run in of_task if run["row"] == row and run[name]] for row in rows}
+            values = {row: sample for row, sample in values.items() if sample}
             draw_values(axes[1], values, UNITS.get(name, name), claim.log)
             lines = {}
             for row in rows:
@@ -84,7 +85,7 @@ def plot_claim(claim, data: Path, folder: Path) -> Path:
                         seeds.setdefault(point["seed"], []).append(
                             [float(point[column]) for column in ("env_steps", "seconds", "return")]
                         )
-                lines[row] = [np.array(seed) for seed in seeds.values()]
+                lines |= {row: [np.array(seed) for seed in seeds.values()]} if seeds else {}  # no episode has ended
             draw_curves(axes[0], lines, claim.x == "seconds")
             axes[0].legend(fontsize=7, frameon=False)
         axes[0].set_title(task, fontsize=10)

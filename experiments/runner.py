@@ -141,6 +141,8 @@ def measured(name: str, results: dict, log: dict) -> float | None:
     episodes = log["charts/episodic_return"]
     if name == "return":
         return results["eval_return_mean"]
+    if not episodes and (name in ("training return", "worst stretch") or " to " in name):
+        return None
     if name == "training return":  # the mean over all steps: how soon as well as how much
         return mean(value for _, _, value in curve(episodes, results["env_steps"]))
     if name == "worst stretch":  # lowest mean of 20 episodes in a row of the second half

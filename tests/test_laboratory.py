@@ -99,6 +99,12 @@ def test_measures_of_a_run():
     assert measured("plain Q, K = 1", results, log) is None
 
 
+def test_a_run_in_which_no_episode_ended_has_no_training_return():
+    log = {"charts/episodic_return": []}
+    assert measured("training return", {"env_steps": 10}, log) is measured("worst stretch", {}, log) is None
+    assert measured("steps to 400", {"env_steps": 10}, log) is None and curve([], 10) == []
+
+
 def test_a_curve_has_a_point_for_each_hundredth_and_hides_no_gap():
     episodes = [(150, 1.0, 4.0), (180, 2.0, 8.0), (420, 5.0, 1.0)]
     assert curve(episodes, 1000, points=10) == [
