@@ -60,7 +60,7 @@ def plot_claim(claim, data: Path, folder: Path) -> Path:
     """For every task its curves, and beside them the claim's first measure."""
     runs, points = (read(data / f"{claim.name}.{kind}.csv") for kind in ("runs", "curves"))
     tasks = [task for task in claim.tasks if any(run["task"] == task for run in runs)]
-    only_measures = all(len(rows) == 1 for rows in claim.tasks.values())  # no rows to compare: its measures
+    only_measures = all(list(rows) == [""] for rows in claim.tasks.values())  # no rows to compare: its measures
     columns = 1 if only_measures else 2
     figure, grid = plt.subplots(
         len(tasks), columns, figsize=(5.2 * columns, 0.6 + 3.2 * len(tasks)), squeeze=False, layout="constrained"
