@@ -33,6 +33,7 @@ from common.workers import BaseWorkers, copy_parameters
 
 CONNECT_SECONDS = 10.0  # for a cluster to answer
 WAITING_SECONDS = 10.0  # after which a worker that has no process yet is worth a line
+MAX_UNBORN = 3  # times in a row that a worker may die before it began, with its machine, and not be counted
 
 
 class Snapshot:
@@ -62,7 +63,7 @@ class Worker:
 
     def __init__(self, index: int, generation: int, fields: dict, precision: tuple[str, str], program: bytes):
         self.index, self.generation, self._fields = index, generation, fields
-        self._beats, self._newest, self._ends = 0, None, False
+        self._beats, self._newest, self._ends, self._is_ready = 0, None, False, False
         self._asked, self._records, self._close_at_exit = threading.Event(), queue.SimpleQueue(), []
         set_precision(*precision)
         self._thread = threading.Thread(target=self._run, args=(program,), daemon=True)
@@ -93,9 +94,10 @@ class Worker:
         self._asked.set()
         return self._records.get()
 
-    def beats(self) -> tuple[int, str]:
-        """How many there have been, and where."""
-        return self._beats, f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
+    def beats(self) -> tuple[int, str, bool]:
+        """How many there have been, where, and whether it is ready for a first request, or has ended before it."""
+        place = f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
+        return self._beats, place, self._is_ready or not self._thread.is_alive()
 
     def close(self):
         self._ends = True
@@ -113,6 +115,7 @@ class Worker:
         self._beats += 1
 
     def wait(self):
+        self._is_ready = True
         while not self._asked.wait(0.1):
             self.beat()
         for snapshot in self._snapshots:
@@ -133,6 +136,7 @@ class Workers(BaseWorkers):
         self._fields = fields
         self._actors, self._places, self._causes = [None] * num, [""] * num, [None] * num
         self._next_look, self._next_notice = [0.0] * num, 0.0
+        self._is_asked, self._unborn = [False] * num, [0] * num
         self._calls = {}  # those without an answer: reference -> (worker, its actor, method)
         self._records = deque()  # (worker, its actor, record)
         self._has_started_ray = connect(num)
@@ -152,7 +156,7 @@ class Workers(BaseWorkers):
         self._places[index], self._causes[index] = "", None
         self._next_look[index] = 0.0
         self._next_notice = time.monotonic() + WAITING_SECONDS
-        self._ask(index)
+        self._is_asked[index] = False  # before it is ready: it may take long, and parameters would become old
 
     def _ask(self, index: int):
         self._call(index, "next", self._snapshot and self._snapshot.newest)
@@ -177,8 +181,12 @@ class Workers(BaseWorkers):
                 self._lost(index, error)
                 continue
             if method == "beats":
-                self._beats[index], self._places[index] = answer
-                self._next_look[index] = time.monotonic() + self._timeout / 10
+                self._beats[index], self._places[index], is_ready = answer
+                self._next_look[index] = time.monotonic() + (self._timeout / 10 if self._is_asked[index] else 0.1)
+                self._unborn[index] = 0
+                if is_ready and not self._is_asked[index]:
+                    self._is_asked[index] = True
+                    self._ask(index)
             elif isinstance(answer, str):
                 self._causes[index] = answer
             else:
@@ -190,11 +198,13 @@ class Workers(BaseWorkers):
             self._causes[index] = f"failed:\n{error}"
         elif isinstance(error, ActorUnavailableError):
             self._causes[index] = "cannot be reached any more"
-        elif "never ran" in str(error):  # it was to start on a machine that has died
+        elif "never ran" in str(error) and self._unborn[index] < MAX_UNBORN:  # perhaps its machine has died
+            self._unborn[index] += 1
             self._end(index)
             self._generations[index] -= 1
             self._start(index)
         else:  # Ray's advice left out
+            self._unborn[index] = 0
             self._causes[index] = f"died: {str(error).splitlines()[-1].strip().partition('. ')[0]}"
 
     def receive(self, seconds: float = 0.1) -> dict[str, np.ndarray] | None:
@@ -248,7 +258,7 @@ def connect(num: int) -> bool:
     """To the cluster of RAY_ADDRESS, or starts Ray on this machine; False if the calling program has done so."""
     if ray.is_initialized():
         return False
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = os.environ.get("RAY_ADDRESS") or "local"
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         options |= {"num_cpus": num, "include_dashboard": False}
@@ -262,9 +272,10 @@ def connect(num: int) -> bool:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, **options)
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+    except (RayError, OSError, RuntimeError, ValueError) as error:
         hint = "If it has tokens, RAY_AUTH_MODE=token and the file ~/.ray/auth_token belong on every machine."
-        raise UserError(f"Ray cannot be used at {address}: {' '.join(str(error).split())[:300]}. {hint}") from None
+        hint = "" if address == "local" else f" {hint}"
+        raise UserError(f"Ray cannot be used at {address}: {' '.join(str(error).split())[:300]}.{hint}") from None
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, handler)  # Ray has set one of its own

@@ -77,6 +77,7 @@ def run_cli(train, Args):
 
     try:
         train(ranks.by_first(lambda: ranks.restarted(parse())))
+        ranks.leave()
     except UserError as error:
         sys.exit(ranks.failed(error))
     except KeyboardInterrupt:  # before there is anything to go on with

@@ -3,7 +3,6 @@
 Needs the extra: pip install -e ".[plot,mujoco,box2d]"
 """
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from common.flags import UserError, read_args
 from experiments.claims import CLAIMS
 from experiments.report import report as write_report
 from experiments.report import shown
@@ -45,9 +45,10 @@ def run(
     seeds: int | None = None,
     jobs: int = 2,
     quick: bool = False,
+    fresh: bool = False,
     out: Path = Path("runs/claims"),
 ):
-    """Makes the runs that a claim's data lacks, then its figure and table.
+    """Makes the runs that a claim's data lacks, then its figure and table, all of which are in the repository.
 
     Args:
         claim: name of a claim, or all, or claims, or results
@@ -55,15 +56,23 @@ def run(
         seeds: as many, from 100 on; by default what the claim says
         jobs: runs at a time, one thread each; claims about time take one
         quick: two short runs of everything, which say nothing; data, figures and page go to the folder of the runs
+        fresh: make all runs again, those too that the data has
         out: folder of the runs; a run that was interrupted goes on
     """
+    if jobs < 1 or (seeds is not None and seeds < 1):
+        sys.exit("--jobs and --seeds must be 1 or more.")
+    if not any(name.startswith(task) for each in chosen(claim) for name in each.tasks):
+        sys.exit(f"No task of {claim} begins with {task!r}; `list --commands` shows them.")
     claims, out = chosen(claim), out.absolute()
     data, docs = (out / "data", out) if quick else (DATA, DOCS)
     failed = 0
     for each in claims:
-        failed += run_claim(each, task, seeds, jobs, quick, out, data)
+        failed += run_claim(each, task, seeds, jobs, quick, fresh, out, data)
         draw(each, data, docs)
-    write_report(CLAIMS, data, docs)
+    write_report(
+        CLAIMS, data, docs, "Short runs, which only try the laboratory out: verdicts mean nothing." if quick else ""
+    )
+    print(f"data in {data}, pages in {docs}")
     if failed:
         sys.exit(f"{failed} runs failed.")
 
@@ -73,6 +82,8 @@ def draw(claim, data: Path, docs: Path):
 
     if (data / f"{claim.name}.runs.csv").exists():
         print(plot_claim(claim, data, docs / "figures"))
+    else:
+        print(f"{claim.name} has no data yet")
 
 
 def plot(claim: Name = "all"):
@@ -102,15 +113,16 @@ def curves(
     """
     from experiments.figures import plot_runs
 
-    groups, saved = {}, {folder: json.loads((folder / "args.json").read_text()) for folder in run_dirs}
-    differing = {
-        name for flags in saved.values() for name in flags
-        if len({json.dumps(other.get(name)) for other in saved.values()}) > 1
-    } - {"seed", "run_dir", "resume"}  # fmt: skip
+    groups, saved = {}, {folder: read_args(folder) for folder in run_dirs}
     for folder, flags in saved.items():
-        label = " ".join([flags["script"], flags["env_id"], *(f"{n} {flags.get(n)}" for n in sorted(differing))])
+        alike = [
+            each for each in saved.values() if (each["script"], each["env_id"]) == (flags["script"], flags["env_id"])
+        ]
+        differing = sorted(name for name in flags if any(each.get(name) != flags[name] for each in alike))
+        differing = [f"{name} {flags[name]}" for name in differing if name not in ("seed", "run_dir", "resume", "job")]
         episodes = read_log(folder)["charts/episodic_return"]
         if episodes:
+            label = " ".join([f"{flags['script']}.py {flags['env_id']}", *differing])
             groups.setdefault(label, []).append((episodes, episodes[-1][0]))
     if not groups:
         sys.exit("No episode has ended in these runs.")
@@ -121,7 +133,9 @@ def cli():
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     commands = {"list": list_, "run": run, "plot": plot, "report": report, "curves": curves}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Stopped; the same command goes on.")
 

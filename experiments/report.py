@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from experiments.judge import interval, iqm, number, verdict
-from experiments.runner import FIRST_SEED, read
+from experiments.runner import FIRST_SEED, jobs_of, read
 
 
 def cell(values: list[float]) -> str:
@@ -54,23 +54,23 @@ def block(claim, data: Path) -> str:
     seeds = {int(run["seed"]) for run in runs}
     hours = sum(float(run["seconds of run"]) for run in runs) / 3600
     made = sorted({(run["processor"], run["versions"], run["commit"], run["date"]) for run in runs})
-    lines += ["", f"Seeds {FIRST_SEED} to {max(seeds)}, {hours:.1f} hours of training, greedy evaluation."]
+    whole = len(jobs_of(claim, claim.seeds))
+    partial = f" So far {len(runs)} of {whole} runs have been made." if len(runs) < whole else ""
+    lines += ["", f"Seeds {FIRST_SEED} to {max(seeds)}, {60 * hours:.0f} minutes of training.{partial}"]
     lines += ["", "<details><summary>Commands and machines</summary>", ""]
-    lines += [f"    {run['command']} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
+    lines += [f"    {called(run['command'])} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
     lines += ["", *(f"    {', '.join(each)}" for each in made), "", "</details>"]
     return "\n".join(lines)
 
 
-def report(claims, data: Path, folder: Path):
+def report(claims, data: Path, folder: Path, note: str = ""):
     """Replaces the generated part of each claim's section on its page; one that has none yet gets it at the end."""
     for name in sorted({claim.page for claim in claims}):
         page = folder / name
-        text = page.read_text() if page.exists() else "# Claims\n"
+        text = page.read_text() if page.exists() else f"# Claims\n\n{note}\n"
         for claim in (claim for claim in claims if claim.page == name):
-            begin, end = (
-                f"<!-- {claim.name}: made by `python -m experiments report` -->",
-                f"<!-- end of {claim.name} -->",
-            )
+            begin = f"<!-- {claim.name}: made by `python -m experiments report` -->"
+            end = f"<!-- end of {claim.name} -->"
             if begin not in text:
                 text += f"\n## {claim.sentence} ({claim.decisions})\n\n{begin}\n{end}\n"
             pattern = re.escape(begin) + ".*?" + re.escape(end)
@@ -79,12 +79,14 @@ def report(claims, data: Path, folder: Path):
         page.write_text(text)
 
 
+def called(command: str) -> str:
+    return f"python {'' if shlex.split(command)[0].endswith('.py') else '-m '}{command}"
+
+
 def shown(claim) -> str:
     """A claim for the command line: sentence, and its commands."""
-    lines = [f"{claim.name:13} {claim.decisions:14} {claim.sentence}"]
+    lines = [f"{claim.name:13} {claim.decisions:15} {claim.sentence}"]
     for task, rows in claim.tasks.items():
         for row, command in rows.items():
-            lines.append(
-                f"    {task}: {row}: python {'' if shlex.split(command)[0].endswith('.py') else '-m '}{command}"
-            )
+            lines += [f"    # {task}, {row}" if row else f"    # {task}", f"    {called(command)}"]
     return "\n".join(lines)

@@ -94,7 +94,7 @@ def script_of(job: Job) -> str:
     return (named + [path.stem for path in sources(job.source()) if path.parent == ROOT and path.stem in QUICK])[0]
 
 
-def run(job: Job, out: Path) -> dict:
+def run(job: Job, out: Path, fresh: bool = False) -> dict:
     """The run's row of the data, measures included, and its curve; raises RuntimeError if it fails.
 
     A folder of the same command, seed and code is used again: its results, or its checkpoint, from where it was.
@@ -102,6 +102,8 @@ def run(job: Job, out: Path) -> dict:
     name = "".join(c if c.isalnum() else "-" for c in job.command)[:80]
     digest = hashlib.sha256(f"{job.command} {code_version(job.source())}".encode()).hexdigest()[:10]
     folder = out / f"{name}-{digest}__{job.seed}"
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
     if not (folder / "results.json").exists():
         (target, flags), where = job.words(), ["--resume", str(folder)]
         if not (folder / "checkpoint.pt").exists():
@@ -238,25 +240,29 @@ def jobs_of(claim, seeds: int) -> list[Job]:
     return [Job(task, row, seed, command) for seed in seeds for task, row, command in rows]
 
 
-def run_claim(claim, task: str, seeds: int | None, at_a_time: int, quick: bool, out: Path, data: Path) -> int:
-    """Runs what the data lacks; returns how many runs failed."""
+def run_claim(
+    claim, task: str, seeds: int | None, at_a_time: int, quick: bool, fresh: bool, out: Path, data: Path
+) -> int:
+    """Runs what the data lacks, or all if `fresh`; returns how many runs failed."""
     jobs = [job for job in jobs_of(claim, 2 if quick else seeds or claim.seeds) if job.task.startswith(task)]
     if quick:
         for job in jobs:
             job.command += " " + QUICK[script_of(job)]
-    known = {key(row): (row["command"], row["code"]) for row in read(data / f"{claim.name}.runs.csv")}
+    known = {} if fresh else {key(row): (row["command"], row["code"]) for row in read(data / f"{claim.name}.runs.csv")}
     todo = [job for job in jobs if known.get(job.key) != (job.command, code_version(job.source()))]
     print(f"{claim.name}: {len(todo)} runs to make, {len(jobs) - len(todo)} made before", flush=True)
-    start, lock, done, failed = time.perf_counter(), threading.Lock(), 0, 0
+    start, lock, done, failed, stopped = time.perf_counter(), threading.Lock(), 0, 0, False
 
     def make(job: Job):
         nonlocal done, failed
         try:
-            made = run(job, out)
+            made = run(job, out, fresh)
             with lock:
                 add(claim, data, job, made)
             words = f"return {made['results']['eval_return_mean']}"
         except Exception as error:  # whatever it is: shown, and the others go on
+            if stopped:
+                return
             failed += 1
             words = f"FAILED: {error}"
         done += 1
@@ -267,6 +273,7 @@ def run_claim(claim, task: str, seeds: int | None, at_a_time: int, quick: bool, 
         try:
             list(pool.map(make, todo))
         except KeyboardInterrupt:
+            stopped = True
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
                 process.terminate()  # they write a checkpoint, from which the next call goes on

@@ -142,7 +142,7 @@ def test_the_codes_version_is_that_of_what_it_does(tmp_path, monkeypatch):
 def test_only_what_is_missing_is_run_and_a_failure_stops_nothing(tmp_path, monkeypatch, capsys):
     made, broken = [], {("b", 101)}
 
-    def fake(job, out):
+    def fake(job, out, fresh):
         made.append((job.row, job.seed, job.command))
         if (job.row, job.seed) in broken:
             raise RuntimeError("it broke")
@@ -150,9 +150,9 @@ def test_only_what_is_missing_is_run_and_a_failure_stops_nothing(tmp_path, monke
 
     monkeypatch.setattr(runner, "run", fake)
 
-    def again(claim=TOY, seeds=None, quick=False):
+    def again(claim=TOY, seeds=None, fresh=False):
         made.clear()
-        return run_claim(claim, "", seeds, 1, quick, tmp_path, tmp_path)
+        return run_claim(claim, "", seeds, 1, False, fresh, tmp_path, tmp_path)
 
     assert again() == 1
     assert [each[:2] for each in made] == [(row, seed) for seed in (100, 101, 102) for row in "ab"]
@@ -163,6 +163,7 @@ def test_only_what_is_missing_is_run_and_a_failure_stops_nothing(tmp_path, monke
     broken.clear()
     assert again() == 0 and [each[:2] for each in made] == [("b", 101)]
     assert again() == 0 and made == []
+    assert again(fresh=True) == 0 and len(made) == 6
     assert again(seeds=4) == 0 and [each[:2] for each in made] == [("a", 103), ("b", 103)]
     # Another command is another run; a row that is declared no more leaves the data
     other = replace(TOY, tasks={"task": {"a": "a2c_sync.py --gamma 0.8"}}, expected=[])
