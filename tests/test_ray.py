@@ -244,7 +244,8 @@ def test_a_worker_has_the_parameters_that_were_newest_when_it_was_asked(begin):
     for version in range(2, 12):
         publish(version)
         found.append(receive(workers)[:2])
-    assert found == [[version, 1] for version in range(1, 11)]  # asked for when the one before came in
+    # The first was asked for when the worker was ready, each other one when the one before came in
+    assert found == [[version, 1] for version in (2, *range(2, 11))]
     for p in module.parameters():
         torch.nn.init.normal_(p)
     snapshot.publish(module, 12)
@@ -255,6 +256,23 @@ def test_a_worker_has_the_parameters_that_were_newest_when_it_was_asked(begin):
     snapshot.newest = ray.get(snapshot.newest)  # as an actor has it
     assert snapshot.pull(copy) == 12
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), copy.parameters()))
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_again_and_again_before_it_begins_is_counted(begin, capfd):
+    from ray.exceptions import RayActorError
+
+    error = RayActorError(
+        "0" * 32, "The actor died.\nThe actor never ran - it was cancelled before it started running."
+    )
+    workers = begin(toy_workers.own_a_process, num=1)
+    for _ in range(3):  # as of a machine that has died
+        workers._lost(0, error)
+        assert workers._causes[0] is None and workers.replaced == 0
+    workers._lost(0, error)
+    time.sleep(0.2)
+    workers.watch()
+    assert workers.replaced == 1 and "worker 0 (no process yet) died" in capfd.readouterr().err
 
 
 @pytest.mark.slow
