@@ -392,7 +392,12 @@ def test_hogwild_drops_what_is_too_old():
 @BOTH
 @pytest.mark.parametrize("max_lag", [0, 1])
 def test_max_lag(workdir, batches, update, max_lag):
-    flags = {"env_id": "toy_envs:Slow-v0", "num_workers": 3, "batch_size": 10}  # slow: all take part
+    flags = {
+        "env_id": "toy_envs:Slow-v0",
+        "num_workers": 3,
+        "batch_size": 10,
+        "total_timesteps": 150,
+    }  # slow: all take part
     end = run(update=update, max_lag=max_lag, **flags)
     histogram = Counter({int(lag): steps for lag, steps in end["lag_histogram"].items()})
     assert max(histogram) <= max_lag and (end["dropped"] > 0 or max_lag > 0)
@@ -407,7 +412,7 @@ def test_max_lag(workdir, batches, update, max_lag):
 
 @BOTH
 def test_lag_is_logged_and_a_slow_worker_raises_it(workdir, update):
-    flags = {"env_id": "toy_envs:Slow-v0", "batch_size": 5, "total_timesteps": 200}
+    flags = {"env_id": "toy_envs:Slow-v0", "batch_size": 5, "total_timesteps": 120}
     largest = {}
     for slow in (0.0, 0.1):
         largest[slow] = run(run_dir=str(slow), update=update, slow_worker=slow, **flags)["lag_max"]

@@ -688,7 +688,9 @@ def test_a_slow_step_is_told_the_flag_before_anything_is_replaced(monkeypatch, c
 
 def test_workers_killed_while_they_start_are_not_told_of_another_cause():
     workers = Workers(print, 1, {"number": ((), np.int64)}, 60.0)
-    assert "__name__" not in workers._cause(0, -9) and "__name__" in workers._cause(0, 1)
+    for exitcode, has_hint in ((-9, False), (1, True)):
+        workers._processes = [SimpleNamespace(exitcode=exitcode)]
+        assert ("__name__" in workers._look(0)) == has_hint
 
 
 # --- 18 Sentences -----------------------------------------------------------------------------------------------------

@@ -205,6 +205,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_is_made_once(tmp_path, monkeypatc
     assert second[4] == "--resume" and len(second) == 6
 
 
+@pytest.mark.slow
 def test_a_stopped_laboratory_leaves_no_run_behind_and_goes_on(tmp_path):
     """SIGTERM, as Ctrl-C: its run writes a checkpoint; the same command ends as if nothing had been."""
     claim = "from experiments import __main__ as m, claims; rows = {'a': 'a2c_sync.py --total-timesteps 60000'}; "

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
+pytestmark = pytest.mark.slow  # pip install -e ".[test,recipes]"
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
 RECIPES = {
     title: re.findall(r"```(?:python|sh)\n(.*?)```", text, re.DOTALL)
@@ -60,25 +61,21 @@ def test_own_environment_with_wrappers(folder):
         assert (folder / "runs" / name / "results.json").exists()
 
 
-@pytest.mark.slow
 def test_discrete_actions_off_policy(folder):
     command = recipe("Discrete").replace("30000", "700") + " --learning-starts 600 --eval-episodes 1"
     call(command.replace("\n", " "), folder, shell=True)
 
 
-@pytest.mark.slow
 def test_several_seeds(folder):
     call(recipe("Several").replace("50000", "4000 --eval-episodes 1"), folder, shell=True)
     assert {path.name for path in (folder / "runs" / "seeds").iterdir()} == {"1", "2", "3", "4"}
     assert (folder / "seeds.png").stat().st_size > 5000
 
 
-@pytest.mark.slow  # pip install -e ".[recipes]"
 def test_sweep(folder):
     assert "'actor_lr'" in call([sys.executable, "-c", recipe("A sweep")], folder)
 
 
-@pytest.mark.slow
 def test_onnx(folder):
     import numpy as np
     import onnxruntime
@@ -99,7 +96,6 @@ def test_onnx(folder):
         assert actions.tolist() == agent.act(torch.as_tensor(obs), greedy=True).tolist()
 
 
-@pytest.mark.slow
 def test_annotated_pages(tmp_path):
     call([sys.executable, "-m", "experiments.annotate", "--out", str(tmp_path / "pages")], ROOT)
     for name in ("a2c_sync", "a3c_async", "off_policy_ac", "sac"):

@@ -344,6 +344,8 @@ def test_a_busy_main_process_still_notices_who_hangs(begin, clock, seconds):
     generations_until(workers, 0, 0)
     generations_until(workers, 0, 1)
     os.kill(workers.pids[0], signal.SIGSTOP)
+    time.sleep(0.2)
+    workers.watch()  # hears its last beat
     for _ in range(4):
         let_pass(workers, clock, seconds, alive=[1])  # an update that takes so long
         receive(workers)
