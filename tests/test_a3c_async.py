@@ -410,6 +410,7 @@ def test_max_lag(workdir, batches, update, max_lag):
     )
 
 
+@pytest.mark.slow
 @BOTH
 def test_lag_is_logged_and_a_slow_worker_raises_it(workdir, update):
     flags = {"env_id": "toy_envs:Slow-v0", "batch_size": 5, "total_timesteps": 120}
@@ -561,7 +562,12 @@ def test_a_fault_of_every_worker_ends_the_run_with_its_traceback(workdir, update
 
 @pytest.mark.parametrize(
     "update, how",
-    [("pooled", signal.SIGINT), ("hogwild", signal.SIGTERM), ("pooled", signal.SIGKILL), ("hogwild", signal.SIGKILL)],
+    [
+        ("pooled", signal.SIGINT),
+        pytest.param("hogwild", signal.SIGTERM, marks=pytest.mark.slow),
+        ("pooled", signal.SIGKILL),
+        pytest.param("hogwild", signal.SIGKILL, marks=pytest.mark.slow),
+    ],
     ids=["Ctrl-C", "SIGTERM", "SIGKILL", "SIGKILL hogwild"],
 )
 def test_no_process_is_left(workdir, update, how):

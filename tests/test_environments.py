@@ -89,7 +89,7 @@ def test_what_atari_does_not_take_is_refused(workdir, flags):
     assert list(Path(".").iterdir()) == []
 
 
-@pytest.mark.parametrize("network", ["separate", "shared"])
+@pytest.mark.parametrize("network", [pytest.param("separate", marks=pytest.mark.slow), "shared"])
 def test_pixels_train_and_resume_bit_identically(workdir, monkeypatch, network):
     """Uninterrupted against stopped at its first checkpoint; the convolution's memory layout survives, too."""
     flags = PONG | {"network": network, "num_steps": 4, "num_envs": 2, "checkpoint_every": 32, "lr_decay": False}

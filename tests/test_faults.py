@@ -551,6 +551,7 @@ def test_a_log_on_a_full_disk_is_one_sentence_and_resume_works_once_there_is_roo
 # --- 15 Nothing stays open --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_of_fifty_trials_leaves_no_process_and_no_file_open(workdir, single):
     def opened():
         return len(os.listdir("/proc/self/fd")), threading.active_count(), len(children(os.getpid()))
@@ -763,6 +764,7 @@ def test_resuming_a_finished_run_shows_no_negative_speed(workdir, capsys):
 # --- 19 Other systems -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_importing_and_training_need_no_module_of_unix(workdir):
     """As on Windows: no resource, no fcntl, no setpgrp, no sysconf."""
     code = (
