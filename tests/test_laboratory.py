@@ -61,6 +61,7 @@ def test_an_interval_covers_the_true_mean_about_as_often_as_it_says():
         ([500.0] * 5, [500.0] * 5, {}, "open"),
         ([500.0] * 5, [500.0] * 5, {"margin": 1}, "yes"),
         ([1.0], [0.0], {}, "open"),  # one seed says nothing
+        ([9.0, 9.0], [0.0, 0.0], {}, "open"),  # nor do two
     ],
 )
 def test_an_expectation_is_judged_by_the_interval_of_the_difference(better, worse, options, answer):
