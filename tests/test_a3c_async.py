@@ -460,7 +460,7 @@ def test_total_steps_within_a_rollout(workdir, update, flags):
     "flags",
     [
         {"env_id": "Pendulum-v1"},
-        {"env_id": "toy_envs:Images-v0", "network": "shared", "total_timesteps": 100},
+        {"env_id": "toy_envs:Images-v0", "network": "shared", "total_timesteps": 140},
         {"network": "shared", "envs_per_worker": None, "num_envs": 4, "ent_coef": 0.0, "gae_lambda": 1.0},
         {"critic_lr": 1e-2, "no_decay": True, "max_grad_norm": 0.5},
     ],
