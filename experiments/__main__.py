@@ -55,7 +55,7 @@ def run(
         task: only the tasks whose name begins so
         seeds: as many, from 100 on; by default what the claim says
         jobs: runs at a time, one thread each; claims about time take one
-        quick: two short runs of everything, which say nothing; data, figures and page go to the folder of the runs
+        quick: a short run of everything, which says nothing; data, figures and page go to the folder of the runs
         fresh: make all runs again, those too that the data has
         out: folder of the runs; a run that was interrupted goes on
     """
