@@ -61,9 +61,9 @@ def run(
     """
     if jobs < 1 or (seeds is not None and seeds < 1):
         sys.exit("--jobs and --seeds must be 1 or more.")
-    if not any(name.startswith(task) for each in chosen(claim) for name in each.tasks):
-        sys.exit(f"No task of {claim} begins with {task!r}; `list --commands` shows them.")
     claims, out = chosen(claim), out.absolute()
+    if not any(name.startswith(task) for each in claims for name in each.tasks):
+        sys.exit(f"No task of {claim} begins with {task!r}; `list --commands` shows them.")
     data, docs = (out / "data", out) if quick else (DATA, DOCS)
     failed = 0
     for each in claims:

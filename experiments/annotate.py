@@ -10,7 +10,8 @@ from pathlib import Path
 import pycco.main
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+from common.flags import ROOT
+
 WIDER = """
 div.docs { max-width: 780px; min-width: 780px; }
 .docs pre { font-size: 11px; }

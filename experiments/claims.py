@@ -43,6 +43,7 @@ EIGHT = {  # eight environments at a time, so batches of 64 transitions in each
 EVEN = {row: command + """ --env-kwargs '{"uneven": false}'""" for row, command in EIGHT.items()}
 LAG = f"{VARIANT}a2c_lag {E100} {STEPS}"
 PENDULUM = "--env-id Pendulum-v1 --total-timesteps 15000"
+REPLAY_TASKS = {"CartPole-v1": "", "Pendulum-v1": f" {PENDULUM}"}  # flags behind those of OFF
 NAIVE = {
     "both mistakes (D9)": f"{OFF} --critic v --actor-actions buffer",
     "Q, the buffer's actions (D10)": f"{OFF} --actor-actions buffer",
@@ -191,7 +192,7 @@ CLAIMS = [
                 "K = 2, baseline": f"{OFF}{flags} --num-action-samples 2",
                 "K = 8, baseline": f"{OFF}{flags}",
             }
-            for task, flags in {"CartPole-v1": "", "Pendulum-v1": f" {PENDULUM}"}.items()
+            for task, flags in REPLAY_TASKS.items()
         },
         [
             Expect("K = 8, plain Q", "K = 1, plain Q"),
@@ -211,7 +212,7 @@ CLAIMS = [
                 "no target network": f"{OFF}{flags} --tau 1",
                 "constant learning rates": f"{OFF}{flags} --no-lr-decay",
             }
-            for task, flags in {"CartPole-v1": "", "Pendulum-v1": f" {PENDULUM}"}.items()
+            for task, flags in REPLAY_TASKS.items()
         },
         [Expect("all", row, "training return") for row in ("no baseline", "no entropy bonus", "no target network")],
     ),

@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 
 from experiments.judge import interval, iqm
+from experiments.report import sample
 from experiments.runner import curve, read
 
 matplotlib.use("Agg")
@@ -47,10 +48,10 @@ def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False,
 
 def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = False):
     """row -> a value for each seed: a dot each, IQM and interval."""
-    for i, sample in enumerate(values.values()):
-        axes.plot(sample, [i] * len(sample), "o", color="grey", markersize=4, alpha=0.6, markeredgewidth=0)
-        axes.plot(iqm(sample), i, "k|", markersize=14, markeredgewidth=2)
-        axes.plot(interval(sample), [i, i], "k-", linewidth=1)
+    for i, each in enumerate(values.values()):
+        axes.plot(each, [i] * len(each), "o", color="grey", markersize=4, alpha=0.6, markeredgewidth=0)
+        axes.plot(iqm(each), i, "k|", markersize=14, markeredgewidth=2)
+        axes.plot(interval(each), [i, i], "k-", linewidth=1)
     axes.set_yticks(range(len(values)), values)
     axes.set(xlabel=unit, ylim=(len(values) - 0.5, -0.5), xscale="log" if log else "linear")
     axes.grid(alpha=0.3, axis="x")
@@ -66,16 +67,15 @@ def plot_claim(claim, data: Path, folder: Path) -> Path:
         len(tasks), columns, figsize=(5.2 * columns, 0.6 + 3.2 * len(tasks)), squeeze=False, layout="constrained"
     )
     for task, axes in zip(tasks, grid):
-        of_task = [run for run in runs if run["task"] == task]
-        rows = [row for row in claim.tasks[task] if any(run["row"] == row for run in of_task)]
+        rows = [row for row in claim.tasks[task] if any((run["task"], run["row"]) == (task, row) for run in runs)]
         if only_measures:
-            names = [name for name in claim.measures if of_task[0].get(name)]
-            values = {name: [float(run[name]) for run in of_task] for name in names}
+            values = {name: sample(runs, task, "", name) for name in claim.measures}
+            values = {name: each for name, each in values.items() if each}
             draw_values(axes[0], values, "variance / squared length of the mean gradient", claim.log)
         else:
             name = claim.measures[0]
-            values = {row: [float(run[name]) for run in of_task if run["row"] == row and run[name]] for row in rows}
-            values = {row: sample for row, sample in values.items() if sample}
+            values = {row: sample(runs, task, row, name) for row in rows}
+            values = {row: each for row, each in values.items() if each}
             draw_values(axes[1], values, UNITS.get(name, name), claim.log)
             lines = {}
             for row in rows:

@@ -53,22 +53,18 @@ class Expect:
         low, high = interval(better, worse, statistic=statistic)
         return float(statistic(np.asarray(better), np.asarray(worse))), float(low), float(high)
 
-    def answer(self, better, worse) -> str:
-        """yes, no, or open: the interval leaves it so, or there are fewer than three seeds."""
-        _, low, high = self.difference(better, worse)
-        if min(len(better), len(worse)) < 3:
-            return "open"
-        if low > -self.margin:
-            return "yes"
-        return "no" if high < -self.margin else "open"
-
     def judge(self, sample) -> tuple[str, str] | None:
-        """What was found, in words, and the answer; sample(row, measure) gives a value for each seed."""
+        """What was found, in words, and yes, no, or open: the interval leaves it so, or fewer than three seeds do.
+
+        sample(row, measure) gives a value for each seed.
+        """
         better, worse = sample(self.better, self.measure), sample(self.worse, self.than or self.measure)
         if not (better and worse):
             return None
-        middle, low, high = map(number, self.difference(better, worse))
-        return f"{middle} [{low}, {high}]", self.answer(better, worse)
+        middle, low, high = self.difference(better, worse)
+        answer = "yes" if low > -self.margin else "no" if high < -self.margin else "open"
+        answer = answer if min(len(better), len(worse)) >= 3 else "open"
+        return f"{number(middle)} [{number(low)}, {number(high)}]", answer
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,11 @@ def block(claim, data: Path) -> str:
     )
     lines += ["", f"**Verdict: {verdict(words)}.** Of {len(words)} expectations {counts}."]
     seeds = {int(run["seed"]) for run in runs}
-    hours = sum(float(run["seconds of run"]) for run in runs) / 3600
+    minutes = sum(float(run["seconds of run"]) for run in runs) / 60
     made = sorted({(run["processor"], run["versions"], run["commit"], run["date"]) for run in runs})
     whole = len(jobs_of(claim, claim.seeds))
     partial = f" So far {len(runs)} of {whole} runs have been made." if len(runs) < whole else ""
-    lines += ["", f"Seeds {FIRST_SEED} to {max(seeds)}, {60 * hours:.0f} minutes of training.{partial}"]
+    lines += ["", f"Seeds {FIRST_SEED} to {max(seeds)}, {minutes:.0f} minutes of training.{partial}"]
     lines += ["", "<details><summary>Commands and machines</summary>", ""]
     lines += [f"    {called(run['command'])} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
     lines += ["", *(f"    {', '.join(each)}" for each in made), "", "</details>"]

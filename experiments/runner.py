@@ -20,7 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 
-ROOT = Path(__file__).resolve().parent.parent
+from common.flags import ROOT
+
 DATA = ROOT / "experiments" / "data"
 FIRST_SEED = 100  # flags are chosen on seeds below it
 QUICK = {  # flags that make a run of each script a matter of seconds
@@ -207,7 +208,7 @@ def key(row: dict) -> tuple:
 
 def add(claim, data: Path, job: Job, made: dict):
     """Puts a finished run among the claim's data, in the order of the declaration."""
-    order = {each.key: i for i, each in enumerate(jobs_of(claim, 1000))}
+    rows = [(task, row) for task, rows in claim.tasks.items() for row in rows]
     results, log = made["results"], made["log"]
     row = dict(zip(RUN, [*job.key, job.command, code_version(job.source()), *circumstances()]))
     row["seconds of run"] = f"{results['seconds']:.1f}"
@@ -219,8 +220,8 @@ def add(claim, data: Path, job: Job, made: dict):
     ]
     for kind, names, new in (("runs", RUN + list(claim.measures), [row]), ("curves", POINT, points)):
         path = data / f"{claim.name}.{kind}.csv"
-        kept = [each for each in read(path) if key(each) != job.key and key(each) in order]
-        write(path, names, sorted(kept + new, key=lambda each: order[key(each)]))
+        kept = [each for each in read(path) if key(each) != job.key and key(each)[:2] in rows]
+        write(path, names, sorted(kept + new, key=lambda each: (int(each["seed"]), rows.index(key(each)[:2]))))
 
 
 def circumstances() -> tuple[str, str, str, str]:

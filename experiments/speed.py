@@ -502,7 +502,7 @@ def parts(options: Options):
 
 
 def busy(options: Options):
-    """One round: a run beside as many processes that compute; it is ended after half a minute."""
+    """One round: a run beside as many processes that compute; it is ended after 45 seconds, or 90 with --compile."""
     print(f"sac.py, HalfCheetah-v5, steps/s beside other processes that compute, {os.cpu_count()} cores")
     loop = [sys.executable, "-c", "while True: pass"]
     for flags in ("", "--compile"):
@@ -514,8 +514,9 @@ def busy(options: Options):
                     found = long("sac.py", f"{words} --learning-starts 500", 90 if flags else 45, 600)["sps"]
                 except StopIteration:
                     found = 0.0  # not a step in this time
-                for process in processes:
-                    process.kill()
+                finally:
+                    for process in processes:
+                        process.kill()
                 print(f"{flags or 'eager'}, {num_threads} threads, beside {others}: {found:.1f}", flush=True)
 
 

@@ -65,7 +65,8 @@ def test_an_interval_covers_the_true_mean_about_as_often_as_it_says():
     ],
 )
 def test_an_expectation_is_judged_by_the_interval_of_the_difference(better, worse, options, answer):
-    assert Expect("a", "b", **options).answer(better, worse) == answer
+    samples = {"a": better, "b": worse}
+    assert Expect("a", "b", **options).judge(lambda row, measure: samples[row])[1] == answer
 
 
 def test_an_aim_is_reached_by_the_mean_or_by_enough_seeds():
