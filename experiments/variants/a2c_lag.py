@@ -20,9 +20,14 @@ class Args(a2c_sync.Args):
     """take the gradient at the parameters that acted, as hogwild does; else at the newest"""
 
 
+def acting(agent):
+    """The one that acts while `agent` learns."""
+    return past[0] if past else agent
+
+
 def loss_at_old(agent, batch, args):
-    loss, metrics = loss_fn(past[0] if past else agent, batch, args)
-    grads = torch.autograd.grad(loss, list((past[0] if past else agent).parameters()))
+    loss, metrics = loss_fn(acting(agent), batch, args)
+    grads = torch.autograd.grad(loss, list(acting(agent).parameters()))
     return sum((p * g).sum() for p, g in zip(agent.parameters(), grads)), metrics  # has these gradients at the new ones
 
 
@@ -37,7 +42,7 @@ def lagging_update(agent, optimizer, batch, args):
 
 
 a2c_sync.update = lagging_update
-a2c_sync.ActorCritic.act = lambda agent, obs, greedy=False: act(past[0] if past and not greedy else agent, obs, greedy)
+a2c_sync.ActorCritic.act = lambda agent, obs, greedy=False: act(agent if greedy else acting(agent), obs, greedy)
 
 if __name__ == "__main__":
     a2c_sync.run_cli(a2c_sync.train, Args)
