@@ -54,7 +54,7 @@ class RunArgs:
     vectorization: Literal["auto", "sync", "async"] = "auto"
     """auto: the environment's own vector form, else sync: one process; async: a process each, for slow simulators"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks live; auto: cuda if there is one"""
+    """where the networks live; auto: cuda if there is one, which pays for images, or with --compile"""
     num_threads: Count = 1
     """CPU threads of torch; more pay for large networks on idle cores only, since they wait for each other"""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"

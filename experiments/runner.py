@@ -16,7 +16,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean
 
@@ -111,7 +111,7 @@ def run(job: Job, out: Path, fresh: bool = False) -> dict:
             shutil.rmtree(folder, ignore_errors=True)
             where = [*flags, "--run-dir", str(folder), "--seed", str(job.seed)]
         command = [sys.executable, *target, *where]
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | os.environ | {"PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
         )
@@ -225,9 +225,10 @@ def add(claim, data: Path, job: Job, made: dict):
 
 
 def circumstances() -> tuple[str, str, str, str]:
-    """Commit, versions, processor and date."""
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    """Commit (+ if code differs from it), versions, processor and date."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    changed = git(["git", "status", "--porcelain", "-uno", "--", "*.py"]).stdout
+    commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "gymnasium"))
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
