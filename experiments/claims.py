@@ -211,6 +211,7 @@ CLAIMS = [
                 "no entropy bonus": f"{OFF}{flags} --ent-coef 0",
                 "no target network": f"{OFF}{flags} --tau 1",
                 "constant learning rates": f"{OFF}{flags} --no-lr-decay",
+                "64 units a layer": OFF.replace("off_policy_ac.py", f"{VARIANT}off_policy_ac_64_units") + flags,
             }
             for task, flags in REPLAY_TASKS.items()
         },
