@@ -260,11 +260,15 @@ CLAIMS = [
                 "": f"{VARIANT}gradient_variance off_policy_ac --env-id Pendulum-v1 --total-timesteps 5000"
             },
             "sac.py, Pendulum-v1": {"": f"{VARIANT}gradient_variance sac --total-timesteps 5000"},
+            "sac.py, HalfCheetah-v5": {
+                "": f"{VARIANT}gradient_variance sac --env-id HalfCheetah-v5 --total-timesteps 5000 --compile"
+            },
         },
         [
             Expect("", "", "baseline, K = 8", than="plain Q, K = 8", lower=True),
             Expect("", "", "plain Q, K = 64", than="plain Q, K = 8", lower=True),
             Expect("", "", "reparam, K = 1", than="score, K = 8", lower=True),
+            Expect("", "", "reparam, K = 8", than="score, K = 8", lower=True),
         ],
         measures=(
             *(f"plain Q, K = {K}" for K in (1, 2, 8, 64)),
