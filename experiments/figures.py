@@ -71,7 +71,7 @@ def plot_claim(claim, data: Path, folder: Path) -> Path:
         if only_measures:
             values = {name: sample(runs, task, "", name) for name in claim.measures}
             values = {name: each for name, each in values.items() if each}
-            draw_values(axes[0], values, "variance / squared length of the mean gradient", claim.log)
+            draw_values(axes[0], values, "variance / squared length of the expected gradient", claim.log)
         else:
             name = claim.measures[0]
             values = {row: sample(runs, task, row, name) for row in rows}

@@ -112,9 +112,8 @@ def run(job: Job, out: Path, fresh: bool = False) -> dict:
             where = [*flags, "--run-dir", str(folder), "--seed", str(job.seed)]
         command = [sys.executable, *target, *where]
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | os.environ | {"PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-        )
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, **pipes, env=environment, cwd=ROOT, start_new_session=True)  # no Ctrl-C
         running.add(process)
         _, errors = process.communicate()
         running.remove(process)
@@ -278,6 +277,6 @@ def run_claim(
             stopped = True
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
-                process.terminate()  # they write a checkpoint, from which the next call goes on
+                process.kill()  # only from a checkpoint made in time does a run go on as if it had not been stopped
             raise
     return failed

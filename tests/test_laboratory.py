@@ -209,23 +209,32 @@ def test_a_run_goes_on_from_its_checkpoint_and_is_made_once(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_stopped_laboratory_leaves_no_run_behind_and_goes_on(tmp_path):
-    """SIGTERM, as Ctrl-C: its run writes a checkpoint; the same command ends as if nothing had been."""
-    claim = "from experiments import __main__ as m, claims; rows = {'a': 'a2c_sync.py --total-timesteps 60000'}; "
-    claim += "m.CLAIMS[:] = [claims.Claim('toy', '', '', {'t': rows}, [], seeds=1)]; "
-    claim += f"import pathlib; m.DATA = m.DOCS = pathlib.Path({str(tmp_path)!r}); m.cli()"
-    words = [sys.executable, "-c", claim, "run", "toy", "--out", str(tmp_path / "runs")]
+    """SIGTERM, as Ctrl-C: its run is killed; the same command goes on from its checkpoint, as if nothing had been."""
     options = {"cwd": ROOT, "env": environment() | {"PYTHONPATH": str(ROOT)}, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, **options)
-    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+
+    def words(folder):
+        claim = "from experiments import __main__ as m, claims; rows = {'a': 'a2c_sync.py --total-timesteps 60000'}; "
+        claim += "m.CLAIMS[:] = [claims.Claim('toy', '', '', {'t': rows}, [], seeds=1)]; "
+        claim += f"import pathlib; m.DATA = m.DOCS = pathlib.Path({str(folder)!r}); m.cli()"
+        return [sys.executable, "-c", claim, "run", "toy", "--out", str(folder / "runs")]
+
+    process = subprocess.Popen(words(tmp_path / "stopped"), stderr=subprocess.PIPE, **options)
+    wait_for(lambda: list(tmp_path.glob("stopped/runs/*/checkpoint.pt")))
     process.terminate()
     out, err = process.communicate(timeout=30)
     assert process.returncode == 1 and "Stopped; the same command goes on." in err, out + err
-    (folder,) = tmp_path.glob("runs/*")
+    (folder,) = tmp_path.glob("stopped/runs/*")
     assert not (folder / "results.json").exists()
-    done = subprocess.run(words, stderr=subprocess.PIPE, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = read(tmp_path / "toy.runs.csv")
-    assert row["seed"] == "100" and (tmp_path / "figures" / "claim_toy.png").exists()
+    for name in ("stopped", "whole"):
+        done = subprocess.run(words(tmp_path / name), stderr=subprocess.PIPE, **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (tmp_path / name / "figures" / "claim_toy.png").exists()
+    (stopped,), (whole,) = (read(tmp_path / name / "toy.runs.csv") for name in ("stopped", "whole"))
+    assert [stopped[key] for key in ("seed", "return", "training return")] == [
+        "100",
+        whole["return"],
+        whole["training return"],
+    ]
 
 
 # --- Declarations and the page ----------------------------------------------------------------------------------------
