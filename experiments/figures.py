@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 1))]
+LEGEND = {"framealpha": 0.8, "edgecolor": "none"}  # curves show through
 UNITS = {
     "return": "greedy return, 100 episodes",
     "training return": "mean training return",
@@ -87,7 +88,7 @@ def plot_claim(claim, data: Path, folder: Path) -> Path:
                         )
                 lines |= {row: [np.array(seed) for seed in seeds.values()]} if seeds else {}  # no episode has ended
             draw_curves(axes[0], lines, claim.x == "seconds")
-            axes[0].legend(fontsize=7, frameon=False)
+            axes[0].legend(fontsize=7, **LEGEND)
         axes[0].set_title(task, fontsize=10)
     return save(figure, folder / f"claim_{claim.name}.png")
 
@@ -97,7 +98,7 @@ def plot_runs(groups: dict[str, list[tuple]], out: Path, seconds: bool = False) 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     lines = {f"{label} ({len(runs)})": [np.array(curve(*run)) for run in runs] for label, runs in groups.items()}
     draw_curves(axes, lines, seconds)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, **LEGEND)
     return save(figure, out)
 
 
