@@ -9,8 +9,10 @@ import sac
 @torch.no_grad()
 def q_bias(agent, args, steps=1000, num_envs=10) -> dict:
     """Over the first half of the steps, since the rest of a sum of discounted rewards is cut off at the end."""
-    gym.spec(args.env_id).max_episode_steps = 2 * steps  # a time limit would end the sum
+    spec = gym.spec(args.env_id)
+    limit, spec.max_episode_steps = spec.max_episode_steps, 2 * steps  # a time limit would end the sum
     envs, seen = sac.make_envs(args, num_envs), []
+    spec.max_episode_steps = limit
     obs, done = envs.reset(seed=0)[0], torch.zeros(num_envs)
     for _ in range(steps):
         actions, log_probs = agent.actor(torch.as_tensor(obs)).sample_with_log_prob()
