@@ -325,7 +325,7 @@ CLAIMS = [
                 "a2c_sync.py": f"{A2C} --env-id InvertedPendulum-v5 --ent-coef 0 {STEPS}",
                 "a3c_async.py": f"{A3C} --env-id InvertedPendulum-v5 --ent-coef 0 {STEPS}",
                 "off_policy_ac.py": f"off_policy_ac.py {E100} --env-id InvertedPendulum-v5",
-                "sac.py": f"sac.py {E100} --env-id InvertedPendulum-v5 --total-timesteps 10000",
+                "sac.py": f"sac.py {E100} --env-id InvertedPendulum-v5 --total-timesteps 30000",
             },
         },
         [
