@@ -1,6 +1,7 @@
 """The laboratory of the lecture's claims: statistics, judgement, reuse of runs, and the page that is made of them."""
 
 import importlib
+import json
 import math
 import re
 import shlex
@@ -235,6 +236,15 @@ def test_a_stopped_laboratory_leaves_no_run_behind_and_goes_on(tmp_path):
         whole["return"],
         whole["training return"],
     ]
+
+
+def test_qs_bias_is_measured_without_the_time_limit_and_the_return_with_it(tmp_path):
+    flags = "--total-timesteps 210 --learning-starts 200 --eval-episodes 2 --run-dir".split()
+    words = [sys.executable, "-m", "experiments.variants.sac_q_bias", *flags, str(tmp_path / "run")]
+    subprocess.run(words, check=True, capture_output=True, cwd=ROOT, env=environment())
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["eval_return_mean"] > -16.3 * 200  # Pendulum-v1 costs at most 16.3 a step
+    assert results["q_bias"] == pytest.approx(results["q"] - results["true_q"]) != 0
 
 
 # --- Declarations and the page ----------------------------------------------------------------------------------------
