@@ -26,7 +26,7 @@ with all: 479). Three seeds tell only the last one apart from all (python -m exp
     learning rates that fall to 0, --lr-decay           500
     256 units a layer; 64 instead                       226
 
-    python off_policy_ac.py                                 CartPole-v1: greedy return 375 to 500, in 3 to 5 minutes
+    python off_policy_ac.py                                 CartPole-v1: greedy return 375 to 500, in 2 to 5 minutes
     python off_policy_ac.py --env-id Pendulum-v1 --total-timesteps 15000
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and

@@ -130,7 +130,9 @@ def curves(
 
 
 def cli():
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):  # the latter is that of a closed terminal, which nohup ignores and Windows lacks
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     commands = {"list": list_, "run": run, "plot": plot, "report": report, "curves": curves}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__)

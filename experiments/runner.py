@@ -111,9 +111,10 @@ def run(job: Job, out: Path, fresh: bool = False) -> dict:
             shutil.rmtree(folder, ignore_errors=True)
             where = [*flags, "--run-dir", str(folder), "--seed", str(job.seed)]
         command = [sys.executable, *target, *where]
+        # One thread each, and on the CPU like all data so far, if the caller does not say otherwise
         environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | os.environ | {"PYTHONPATH": str(ROOT)}
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, **pipes, env=environment, cwd=ROOT, start_new_session=True)  # no Ctrl-C
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        process = subprocess.Popen(command, **options, env=environment, cwd=ROOT)  # whose end by Ctrl-C is up to us
         running.add(process)
         _, errors = process.communicate()
         running.remove(process)
