@@ -205,7 +205,8 @@ class Run:
 
     def _request_stop(self, number, _frame):
         self._stop_signal = number
-        signal.signal(number, signal.default_int_handler)  # a second Ctrl-C ends at once
+        if number == signal.SIGINT:  # a second Ctrl-C ends at once; of SIGTERM, timeout(1) sends two
+            signal.signal(number, signal.default_int_handler)
 
     def env_seed(self) -> int:
         """For the reset of all environments at this step. Simulators cannot be saved, so every checkpoint resets them:

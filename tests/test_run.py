@@ -38,7 +38,10 @@ def test_interrupt_checkpoints_and_prints_how_to_go_on(workdir, number):
     """At once, long before the next one is due. With processes of environments, which end, too."""
     process = start(SCRIPT, *SLOW, *ASYNC, cwd=workdir, start_new_session=True)
     wait_for(has_trained)
-    os.killpg(process.pid, number)  # as a terminal and GNU timeout do
+    if number == signal.SIGTERM:  # as timeout(1) does, which sends it to the process and then to its group
+        process.send_signal(number)
+        time.sleep(0.05)
+    os.killpg(process.pid, number)  # as a terminal does
     status, out, err = finish(process, timeout=20)
     assert status == 128 + number and "Traceback" not in err, err
     wait_for(lambda: not session_members(process.pid), timeout=5)
