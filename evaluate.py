@@ -12,7 +12,7 @@ import tyro
 from common.checkpoint import load_checkpoint
 from common.envs import make_envs
 from common.evaluate import evaluate
-from common.flags import Count, RunArgs, UserError, check_ranges, read_args, saved_args
+from common.flags import ROOT, Count, RunArgs, UserError, check_ranges, read_args, saved_args
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Options:
 def load_args(run_dir: str | Path) -> RunArgs:
     """The flags of a run folder, to train on: train(dataclasses.replace(load_args(run_dir), total_timesteps=...))."""
     script = read_args(run_dir)["script"]
+    if not (ROOT / f"{script}.py").is_file():
+        raise UserError(f"{str(run_dir)!r} was made by {script}.py, which is none of the scripts here.")
     return saved_args(run_dir, importlib.import_module(script).Args, script)
 
 

@@ -111,7 +111,7 @@ def read_args(run_dir: str | Path) -> dict:
     path = Path(run_dir) / "args.json"
     try:
         saved = json.loads(path.read_text())
-        if not (saved["script"].isidentifier() and (ROOT / f"{saved['script']}.py").is_file()):
+        if not saved["script"].isidentifier():
             raise ValueError
         return saved
     except FileNotFoundError:

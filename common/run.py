@@ -253,7 +253,10 @@ class Run:
         if ranks.RANK > 0:
             raise SystemExit(128 + signal.SIGTERM)
         launcher = "python" if ranks.SIZE == 1 else "torchrun ..."
-        command = f"{launcher} {shlex.quote(os.path.relpath(self.script))} --resume {shlex.quote(self.name)}"
+        module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+        called = shlex.quote(os.path.relpath(self.script))
+        called = f"-m {module.name}" if module and module.origin == str(self.script) else called
+        command = f"{launcher} {called} --resume {shlex.quote(self.name)}"
         print(f"Stopped at environment step {self.env_steps:,}. Go on with\n  {command}", file=sys.stderr)
         raise SystemExit(128 + (self._stop_signal or signal.SIGTERM))
 

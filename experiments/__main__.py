@@ -120,7 +120,10 @@ def curves(
         ]
         differing = sorted(name for name in flags if any(each.get(name) != flags[name] for each in alike))
         differing = [f"{name} {flags[name]}" for name in differing if name not in ("seed", "run_dir", "resume", "job")]
-        episodes = read_log(folder)["charts/episodic_return"]
+        try:
+            episodes = read_log(folder)["charts/episodic_return"]
+        except (KeyError, ValueError):
+            raise UserError(f"{str(folder / 'metrics.csv')!r} is damaged.") from None
         if episodes:
             label = " ".join([f"{flags['script']}.py {flags['env_id']}", *differing])
             groups.setdefault(label, []).append((episodes, episodes[-1][0]))
@@ -139,7 +142,12 @@ def cli():
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("Stopped; the same command goes on.")
+        again = (
+            "without --fresh the same command makes what is missing"
+            if "--fresh" in sys.argv
+            else "the same command goes on"
+        )
+        sys.exit(f"Stopped; {again}.")
 
 
 if __name__ == "__main__":

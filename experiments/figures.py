@@ -5,9 +5,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from experiments.judge import interval, iqm
-from experiments.report import sample
-from experiments.runner import curve, read
+from experiments.judge import AtLeast, interval, iqm
+from experiments.runner import curve, read, runs_of, sample
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -48,9 +47,11 @@ def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False,
 
 
 def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = False):
-    """row -> a value for each seed: a dot each, IQM and interval."""
+    """row -> a value for each seed: a dot each, or an arrow where it is a bound, IQM and interval."""
     for i, each in enumerate(values.values()):
-        axes.plot(each, [i] * len(each), "o", color="grey", markersize=4, alpha=0.6, markeredgewidth=0)
+        for value in each:
+            marker = ">" if isinstance(value, AtLeast) else "o"
+            axes.plot(value, i, marker, color="grey", markersize=4, alpha=0.6, markeredgewidth=0)
         axes.plot(iqm(each), i, "k|", markersize=14, markeredgewidth=2)
         axes.plot(interval(each), [i, i], "k-", linewidth=1)
     axes.set_yticks(range(len(values)), values)
@@ -60,7 +61,7 @@ def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = Fal
 
 def plot_claim(claim, data: Path, folder: Path) -> Path:
     """For every task its curves, and beside them the claim's first measure."""
-    runs, points = (read(data / f"{claim.name}.{kind}.csv") for kind in ("runs", "curves"))
+    runs, points = runs_of(claim, data), read(data / f"{claim.name}.curves.csv")
     tasks = [task for task in claim.tasks if any(run["task"] == task for run in runs)]
     only_measures = all(list(rows) == [""] for rows in claim.tasks.values())  # no rows to compare: its measures
     columns = 1 if only_measures else 2
@@ -71,12 +72,12 @@ def plot_claim(claim, data: Path, folder: Path) -> Path:
         rows = [row for row in claim.tasks[task] if any((run["task"], run["row"]) == (task, row) for run in runs)]
         if only_measures:
             values = {name: sample(runs, task, "", name) for name in claim.measures}
-            values = {name: each for name, each in values.items() if each}
+            values = {name: each for name, each in values.items() if each and None not in each}
             draw_values(axes[0], values, "variance / squared length of the expected gradient", claim.log)
         else:
             name = claim.measures[0]
             values = {row: sample(runs, task, row, name) for row in rows}
-            values = {row: each for row, each in values.items() if each}
+            values = {row: each for row, each in values.items() if each and None not in each}
             draw_values(axes[1], values, UNITS.get(name, name), claim.log)
             lines = {}
             for row in rows:

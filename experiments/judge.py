@@ -5,6 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import bootstrap, trim_mean
 
+SEEDS = 5  # of fewer, such intervals are too narrow: they cover 75 % with three, 90 % with five, 94 % with ten
+
+
+class AtLeast(float):
+    """All steps, or seconds, of a run that did not get there in them."""
+
 
 def iqm(values, axis=-1):
     """Interquartile mean: without the lowest and the highest quarter of the seeds."""
@@ -43,6 +49,9 @@ class Expect:
             return f"{self.measure}: {words} than {self.than}"
         return f"{self.better}: {words} {self.measure} than {self.worse}"
 
+    def rows(self) -> set[str]:
+        return {self.better, self.worse}
+
     def difference(self, better, worse) -> tuple[float, float, float]:
         """How far this is true: the difference of the two IQMs, and its interval."""
         sign = -1 if self.lower else 1
@@ -53,17 +62,23 @@ class Expect:
         low, high = interval(better, worse, statistic=statistic)
         return float(statistic(np.asarray(better), np.asarray(worse))), float(low), float(high)
 
-    def judge(self, sample) -> tuple[str, str] | None:
-        """What was found, in words, and yes, no, or open: the interval leaves it so, or fewer than three seeds do.
+    def judge(self, sample, _planned: int) -> tuple[str, str]:
+        """What was found, in words, and yes, no, or open: the interval leaves it so, or too few seeds do.
 
-        sample(row, measure) gives a value for each seed.
+        sample(row, measure) gives a value for each seed, None for one that diverged.
         """
         better, worse = sample(self.better, self.measure), sample(self.worse, self.than or self.measure)
         if not (better and worse):
-            return None
+            return "not measured", "open"
+        if None in better + worse:
+            return f"{(better + worse).count(None)} runs diverged", "open"
         middle, low, high = self.difference(better, worse)
-        answer = "yes" if low > -self.margin else "no" if high < -self.margin else "open"
-        answer = answer if min(len(better), len(worse)) >= 3 else "open"
+        answer = "yes" if low > -self.margin else "no" if high <= -self.margin else "open"
+        # What was not reached may take any longer: for the better row that can only speak against it
+        bounds = [any(isinstance(value, AtLeast) for value in each) for each in (better, worse)]
+        against, in_favour = bounds if self.lower else reversed(bounds)
+        if min(len(better), len(worse)) < SEEDS or (answer == "yes" and against) or (answer == "no" and in_favour):
+            answer = "open"
         return f"{number(middle)} [{number(low)}, {number(high)}]", answer
 
 
@@ -81,18 +96,27 @@ class Reach:
         words = f" on {self.seeds} seeds" if self.seeds else ""
         return f"{self.row}: {self.measure} of at least {self.at_least:g}{words}"
 
-    def judge(self, sample) -> tuple[str, str] | None:
+    def rows(self) -> set[str]:
+        return {self.row}
+
+    def judge(self, sample, planned: int) -> tuple[str, str]:
+        """As above; open while it could still change, `planned` being the number of seeds."""
         values = sample(self.row, self.measure)
         if not values:
-            return None
+            return "not measured", "open"
+        reached = sum(value is not None and value >= self.at_least for value in values)
         if self.seeds:
-            reached = sum(value >= self.at_least for value in values)
-            return f"{reached} of {len(values)} seeds", "yes" if reached >= self.seeds else "no"
-        return number(float(iqm(values))), "yes" if iqm(values) >= self.at_least else "no"
+            failed = len(values) - reached
+            answer = "yes" if reached >= self.seeds else "no" if failed > planned - self.seeds else "open"
+            return f"{reached} of {len(values)} seeds", answer
+        if None in values:
+            return f"{values.count(None)} runs diverged", "no"
+        mean = float(iqm(values))
+        return number(mean), "open" if len(values) < planned else "yes" if mean >= self.at_least else "no"
 
 
 def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return ("≥ " if isinstance(value, AtLeast) else "") + (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}")
 
 
 def verdict(answers: list[str]) -> str:

@@ -4,34 +4,33 @@ import re
 import shlex
 from pathlib import Path
 
-from experiments.judge import interval, iqm, number, verdict
-from experiments.runner import FIRST_SEED, jobs_of, read
+from experiments.judge import AtLeast, interval, iqm, number, verdict
+from experiments.runner import DIVERGED, FIRST_SEED, RUN, jobs_of, key, runs_of, sample
 
 
 def cell(values: list[float]) -> str:
-    """IQM, and its interval."""
+    """IQM, and its interval; of bounds it is one, too."""
+    if not values or None in values:
+        return "diverged" if values else ""
     low, high = interval(values)
-    return number(float(iqm(values))) + (f" [{number(float(low))}, {number(float(high))}]" if len(values) > 1 else "")
-
-
-def sample(runs: list[dict], task: str, row: str, measure: str) -> list[float]:
-    return [float(run[measure]) for run in runs if (run["task"], run["row"]) == (task, row) and run.get(measure)]
+    least = "≥ " if any(isinstance(value, AtLeast) for value in values) else ""
+    bounds = f" [{number(float(low))}, {number(float(high))}]" if len(values) > 1 else ""
+    return least + number(float(iqm(values))) + bounds
 
 
 def judged(claim, runs: list[dict]) -> list[tuple]:
-    """(task, expectation, what was found, answer) of everything expected that has been measured."""
+    """(task, expectation, what was found, answer) of everything expected."""
     found = []
-    for task in claim.tasks:
+    for task, rows in claim.tasks.items():
         for expect in claim.expected:
-            if expect.task in (None, task):
-                outcome = expect.judge(lambda row, measure: sample(runs, task, row, measure))
-                found += [(task, expect, *outcome)] if outcome else []
+            if expect.task in (None, task) and expect.rows() <= rows.keys():
+                found.append((task, expect, *expect.judge(lambda *of: sample(runs, task, *of), claim.seeds)))
     return found
 
 
 def block(claim, data: Path) -> str:
     """A claim's generated part of the page."""
-    runs = read(data / f"{claim.name}.runs.csv")
+    runs = runs_of(claim, data)
     if not runs:
         return "Not measured yet."
     lines, answers = [f"![{claim.name}](figures/claim_{claim.name}.png)", ""], judged(claim, runs)
@@ -41,8 +40,8 @@ def block(claim, data: Path) -> str:
         for row in rows:
             samples = [sample(runs, task, row, measure) for measure in claim.measures]
             if any(samples):
-                each = ", ".join(map(number, samples[0]))
-                cells = " | ".join(cell(values) if values else "" for values in samples)
+                each = ", ".join(DIVERGED if value is None else number(value) for value in samples[0])
+                cells = " | ".join(map(cell, samples))
                 lines.append(f"| {task} | {row} | {cells} | {each} |")
     lines += ["", "| Task | What was expected | What was found | |", "|---|---|---|---|"]
     lines += [f"| {task} | {expect} | {found} | {answer} |" for task, expect, found, answer in answers]
@@ -52,10 +51,11 @@ def block(claim, data: Path) -> str:
     )
     lines += ["", f"**Verdict: {verdict(words)}.** Of {len(words)} expectations {counts}."]
     seeds = {int(run["seed"]) for run in runs}
-    minutes = sum(float(run["seconds of run"]) for run in runs) / 60
+    minutes = sum(float(run[RUN[-1]]) for run in runs if run[RUN[-1]] != DIVERGED) / 60
     made = sorted({(run["processor"], run["versions"], run["commit"], run["date"]) for run in runs})
-    whole = len(jobs_of(claim, claim.seeds))
-    partial = f" So far {len(runs)} of {whole} runs have been made." if len(runs) < whole else ""
+    whole = {job.key for job in jobs_of(claim, claim.seeds)}
+    there = len(whole & {key(run) for run in runs})
+    partial = f" So far {there} of {len(whole)} runs have been made." if there < len(whole) else ""
     lines += ["", f"Seeds {FIRST_SEED} to {max(seeds)}, {minutes:.0f} minutes of training.{partial}"]
     lines += ["", "<details><summary>Commands and machines</summary>", ""]
     lines += [f"    {called(run['command'])} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]

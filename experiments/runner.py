@@ -7,11 +7,11 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean
 
+from filelock import FileLock
+
 from common.flags import ROOT
+from experiments.judge import AtLeast
 
 DATA = ROOT / "experiments" / "data"
 FIRST_SEED = 100  # flags are chosen on seeds below it
@@ -30,9 +33,11 @@ QUICK = {  # flags that make a run of each script a matter of seconds
     "off_policy_ac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --no-compile",
     "sac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --no-compile",
 }
+ANEW = {"a2c_lag", "a3c_accumulate"}  # variants with a state that is in no checkpoint: never resumed
 running = set()  # processes
 RUN = ["task", "row", "seed", "command", "code", "commit", "versions", "processor", "date", "seconds of run"]
 POINT = ["task", "row", "seed", "env_steps", "seconds", "return"]
+DIVERGED = "diverged"  # in place of seconds
 
 
 @dataclass
@@ -70,7 +75,16 @@ def parsed(path: Path, _modified: int) -> tuple[str, list[Path]]:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = ""
-    return ast.dump(tree), [ROOT / (name.replace(".", "/") + ".py") for name in names]
+    return without_empty(ast.dump(tree)), [module_path(name) for name in names]
+
+
+def without_empty(tree: str) -> str:
+    """Python's versions differ in the empty fields that they show."""
+    return re.sub(r"(, )?\w+=(\[\]|None)", "", tree).replace("(, ", "(")
+
+
+def module_path(name: str) -> Path:
+    return ROOT / (name.replace(".", "/") + ".py")
 
 
 def sources(path: Path, found: dict | None = None) -> dict[Path, str]:
@@ -83,9 +97,13 @@ def sources(path: Path, found: dict | None = None) -> dict[Path, str]:
     return found
 
 
-def code_version(path: Path) -> str:
-    """Hash of these syntax trees."""
-    trees = [(str(name.relative_to(ROOT)), tree) for name, tree in sources(path).items()]
+def code_version(job: Job) -> str:
+    """Hash of the syntax trees of what a command runs, an environment's module included."""
+    found = sources(job.source())
+    for word in job.words()[1]:
+        if ":" in word:  # --env-id module:Name
+            sources(module_path(word.partition(":")[0]), found)
+    trees = [(str(name.relative_to(ROOT)), tree) for name, tree in found.items()]
     return hashlib.sha256(repr(sorted(trees)).encode()).hexdigest()[:16]
 
 
@@ -95,19 +113,21 @@ def script_of(job: Job) -> str:
     return (named + [path.stem for path in sources(job.source()) if path.parent == ROOT and path.stem in QUICK])[0]
 
 
-def run(job: Job, out: Path, fresh: bool = False) -> dict:
-    """The run's row of the data, measures included, and its curve; raises RuntimeError if it fails.
+def run(job: Job, out: Path, fresh: bool = False, timed: bool = False) -> dict:
+    """What the data needs of a run: results, log, code, circumstances; raises RuntimeError if it fails.
 
-    A folder of the same command, seed and code is used again: its results, or its checkpoint, from where it was.
+    A folder of the same command, seed and code is used again: its results, or its checkpoint, from where it was. One
+    whose time counts is never that of a run beside others. Without results: the run has diverged.
     """
+    made = {"code": code_version(job), "circumstances": circumstances()}  # before anyone changes a file
     name = "".join(c if c.isalnum() else "-" for c in job.command)[:80]
-    digest = hashlib.sha256(f"{job.command} {code_version(job.source())}".encode()).hexdigest()[:10]
+    digest = hashlib.sha256(f"{job.command} {made['code']}{' timed' if timed else ''}".encode()).hexdigest()[:10]
     folder = out / f"{name}-{digest}__{job.seed}"
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     if not (folder / "results.json").exists():
         (target, flags), where = job.words(), ["--resume", str(folder)]
-        if not (folder / "checkpoint.pt").exists():
+        if job.source().stem in ANEW or not (folder / "checkpoint.pt").exists():
             shutil.rmtree(folder, ignore_errors=True)
             where = [*flags, "--run-dir", str(folder), "--seed", str(job.seed)]
         command = [sys.executable, *target, *where]
@@ -118,17 +138,18 @@ def run(job: Job, out: Path, fresh: bool = False) -> dict:
         running.add(process)
         _, errors = process.communicate()
         running.remove(process)
+        if "is not finite at environment step" in errors:
+            return made
         if process.returncode != 0:
             raise RuntimeError(f"{shlex.join(command[1:])}\n{errors[-2000:]}")
-    results = json.loads((folder / "results.json").read_text())
-    return {"results": results, "log": read_log(folder)}
+    return made | {"results": json.loads((folder / "results.json").read_text()), "log": read_log(folder)}
 
 
 def read_log(folder: Path) -> dict[str, list[tuple[int, float, float]]]:
     """metrics.csv: tag -> (environment steps, seconds, value) of each row."""
     log = {"charts/episodic_return": []}
-    with open(folder / "metrics.csv") as file:
-        for row in csv.DictReader(file):
+    for row in read(folder / "metrics.csv"):
+        if row["value"]:  # else the last line of a run that is still going on
             log.setdefault(row["tag"], []).append((int(row["env_steps"]), float(row["seconds"]), float(row["value"])))
     return log
 
@@ -163,7 +184,7 @@ def measured(name: str, results: dict, log: dict) -> float | None:
         last.append(value)
         if len(last) == 20 and mean(last) >= float(threshold):
             return env_steps if unit == "steps" else seconds
-    return results["env_steps"] if unit == "steps" else results["seconds"]  # not reached: at least so many
+    return AtLeast(results["env_steps" if unit == "steps" else "seconds"])
 
 
 def curve(episodes: list, env_steps: int, points: int = 100) -> list[tuple[int, float, float]]:
@@ -194,41 +215,72 @@ def read(path: Path) -> list[dict]:
 
 
 def write(path: Path, names: list[str], rows: list[dict]):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".tmp"), "w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(unfinished, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    path.with_suffix(".tmp").replace(path)
+    unfinished.replace(path)
 
 
 def key(row: dict) -> tuple:
     return row["task"], row["row"], row["seed"]
 
 
+def text(value: float | None) -> str:
+    return "" if value is None else f"{'>' if isinstance(value, AtLeast) else ''}{value:.6g}"
+
+
+def runs_of(claim, data: Path) -> list[dict]:
+    """A claim's runs; without those of an earlier command where a row has some of today's."""
+    runs, rows = read(data / f"{claim.name}.runs.csv"), {}
+    for run in runs:
+        rows.setdefault(key(run)[:2], set()).add(run["command"])
+    today = {(task, row): command for task, rows in claim.tasks.items() for row, command in rows.items()}
+    return [
+        run for run in runs if run["command"] == (mine := today.get(key(run)[:2])) or mine not in rows[key(run)[:2]]
+    ]
+
+
+def sample(runs: list[dict], task: str, row: str, measure: str) -> list[float | None]:
+    """The measure of each seed of a row: AtLeast where a run did not get there, None where it diverged."""
+    mine = [run for run in runs if (run["task"], run["row"]) == (task, row)]
+    texts = [DIVERGED if run[RUN[-1]] == DIVERGED else run.get(measure) for run in mine]
+    kinds = {">": lambda text: AtLeast(text[1:]), DIVERGED[0]: lambda text: None}
+    return [kinds.get(text[0], float)(text) for text in texts if text]
+
+
 def add(claim, data: Path, job: Job, made: dict):
     """Puts a finished run among the claim's data, in the order of the declaration."""
     rows = [(task, row) for task, rows in claim.tasks.items() for row in rows]
-    results, log = made["results"], made["log"]
-    row = dict(zip(RUN, [*job.key, job.command, code_version(job.source()), *circumstances()]))
-    row["seconds of run"] = f"{results['seconds']:.1f}"
-    values = {name: measured(name, results, log) for name in claim.measures}
-    row |= {name: "" if value is None else f"{value:.6g}" for name, value in values.items()}
-    points = [
-        dict(zip(POINT, [*job.key, env_steps, f"{seconds:.1f}", f"{value:.6g}"]))
-        for env_steps, seconds, value in curve(log["charts/episodic_return"], results["env_steps"])
-    ]
-    for kind, names, new in (("runs", RUN + list(claim.measures), [row]), ("curves", POINT, points)):
-        path = data / f"{claim.name}.{kind}.csv"
-        kept = [each for each in read(path) if key(each) != job.key and key(each)[:2] in rows]
-        write(path, names, sorted(kept + new, key=lambda each: (int(each["seed"]), rows.index(key(each)[:2]))))
+    results, log = made.get("results"), made.get("log")
+    row, points = dict(zip(RUN, [*job.key, job.command, made["code"], *made["circumstances"]])), []
+    if results is None:
+        row[RUN[-1]] = DIVERGED
+    else:
+        row[RUN[-1]] = f"{results['seconds']:.1f}"
+        row |= {name: text(measured(name, results, log)) for name in claim.measures}
+        points = [
+            dict(zip(POINT, [*job.key, env_steps, f"{seconds:.1f}", f"{value:.6g}"]))
+            for env_steps, seconds, value in curve(log["charts/episodic_return"], results["env_steps"])
+        ]
+    data.mkdir(parents=True, exist_ok=True)
+    with FileLock(data / ".lock"):  # another laboratory may be at work on other tasks of the claim
+        # The curve first: a run that is in the other file is not made again
+        for kind, names, new in (("curves", POINT, points), ("runs", RUN + list(claim.measures), [row])):
+            path = data / f"{claim.name}.{kind}.csv"
+            kept = [each for each in read(path) if key(each) != job.key and key(each)[:2] in rows]
+            write(path, names, sorted(kept + new, key=lambda each: (int(each["seed"]), rows.index(key(each)[:2]))))
 
 
 def circumstances() -> tuple[str, str, str, str]:
     """Commit (+ if code differs from it), versions, processor and date."""
     git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    changed = git(["git", "status", "--porcelain", "-uno", "--", "*.py"]).stdout
-    commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout
+    try:
+        changed = git(["git", "status", "--porcelain", "-uno", "--", "*.py"]).stdout
+        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout
+    except FileNotFoundError:  # no git
+        changed, commit = "", "unknown"
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "gymnasium"))
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
@@ -250,18 +302,18 @@ def run_claim(
     if quick:
         for job in jobs:
             job.command += " " + QUICK[script_of(job)]
-    known = {} if fresh else {key(row): (row["command"], row["code"]) for row in read(data / f"{claim.name}.runs.csv")}
-    todo = [job for job in jobs if known.get(job.key) != (job.command, code_version(job.source()))]
+    whole = [row for row in read(data / f"{claim.name}.runs.csv") if not fresh and row.keys() >= set(claim.measures)]
+    known = {key(row): (row["command"], row["code"]) for row in whole}
+    todo = [job for job in jobs if known.get(job.key) != (job.command, code_version(job))]
     print(f"{claim.name}: {len(todo)} runs to make, {len(jobs) - len(todo)} made before", flush=True)
-    start, lock, done, failed, stopped = time.perf_counter(), threading.Lock(), 0, 0, False
+    start, done, failed, stopped = time.perf_counter(), 0, 0, False
 
     def make(job: Job):
         nonlocal done, failed
         try:
-            made = run(job, out, fresh)
-            with lock:
-                add(claim, data, job, made)
-            words = f"return {made['results']['eval_return_mean']}"
+            made = run(job, out, fresh, claim.timed)
+            add(claim, data, job, made)
+            words = f"return {made['results']['eval_return_mean']}" if "results" in made else DIVERGED
         except Exception as error:  # whatever it is: shown, and the others go on
             if stopped:
                 return

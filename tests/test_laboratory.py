@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,24 @@ from helpers import wait_for
 from common.flags import check_ranges
 from experiments import runner
 from experiments.claims import CLAIMS, Claim
-from experiments.judge import Expect, Reach, interval, iqm, verdict
+from experiments.judge import SEEDS, AtLeast, Expect, Reach, interval, iqm, verdict
 from experiments.report import block, judged, report
-from experiments.runner import DATA, Job, code_version, curve, jobs_of, measured, read, run, run_claim, script_of
+from experiments.runner import (
+    DATA,
+    Job,
+    code_version,
+    curve,
+    jobs_of,
+    measured,
+    read,
+    run,
+    run_claim,
+    sample,
+    script_of,
+)
 
 HIGH, LOW, WIDE = [10.0, 11, 12, 13, 14], [1.0, 2, 3, 4, 5], [0.0, 5, 10, 15, 20]
+BOUNDS = [10.0, 11, 12, 13, AtLeast(14)]
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
@@ -45,9 +59,10 @@ def test_an_interval_stays_in_the_range_of_what_was_measured():
 
 
 def test_an_interval_covers_the_true_mean_about_as_often_as_it_says():
-    normal = np.random.default_rng(0).normal(5, 1, (100, 20))
-    low, high = interval(normal)
-    assert 0.85 < ((low < 5) & (5 < high)).mean() < 1
+    """That of so many seeds as an answer wants, too; with fewer it does not."""
+    for seeds, coverage in ((20, 0.94), (SEEDS, 0.9), (3, 0.75)):
+        low, high = interval(np.random.default_rng(0).normal(5, 1, (1000, seeds)))
+        assert ((low < 5) & (5 < high)).mean() == pytest.approx(coverage, abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -60,25 +75,36 @@ def test_an_interval_covers_the_true_mean_about_as_often_as_it_says():
         (LOW, HIGH, {"margin": 20}, "yes"),  # not 20 less
         (LOW, HIGH, {"margin": 2}, "no"),
         (HIGH, HIGH, {}, "open"),
-        ([500.0] * 5, [500.0] * 5, {}, "open"),
+        ([500.0] * 5, [500.0] * 5, {}, "no"),  # not more
         ([500.0] * 5, [500.0] * 5, {"margin": 1}, "yes"),
         ([1.0], [0.0], {}, "open"),  # one seed says nothing
-        ([9.0, 9.0], [0.0, 0.0], {}, "open"),  # nor do two
+        ([9.0] * 4, [0.0] * 4, {}, "open"),  # nor do four
+        ([], HIGH, {}, "open"),  # not measured
+        ([*HIGH[:4], None], LOW, {}, "open"),  # one seed has diverged
+        # Not reached, so that it takes at least so long. More of the worse row's only makes the better one better
+        (LOW, BOUNDS, {"lower": True}, "yes"),
+        (BOUNDS, LOW, {"lower": True}, "no"),
+        ([AtLeast(value) for value in LOW], HIGH, {"lower": True}, "open"),
+        (HIGH, [AtLeast(value) for value in LOW], {"lower": True}, "open"),
+        (HIGH, [AtLeast(value) for value in LOW], {}, "open"),
+        (BOUNDS, LOW, {}, "yes"),
     ],
 )
 def test_an_expectation_is_judged_by_the_interval_of_the_difference(better, worse, options, answer):
     samples = {"a": better, "b": worse}
-    assert Expect("a", "b", **options).judge(lambda row, measure: samples[row])[1] == answer
+    assert Expect("a", "b", **options).judge(lambda row, measure: samples[row], 5)[1] == answer
 
 
 def test_an_aim_is_reached_by_the_mean_or_by_enough_seeds():
-    def sample(row, measure):
-        return [480.0, 500, 500, 500, 9] if row == "a" else []
+    def found(row, planned=5, **options):
+        return Reach(row, **{"at_least": 475} | options).judge(lambda row, _: samples[row], planned)
 
-    assert Reach("a", 475).judge(sample) == ("493", "yes") and Reach("a", 495).judge(sample) == ("493", "no")
-    assert Reach("a", 475, seeds=4).judge(sample) == ("4 of 5 seeds", "yes")
-    assert Reach("a", 475, seeds=5).judge(sample) == ("4 of 5 seeds", "no")
-    assert Reach("b", 475).judge(sample) is None
+    samples = {"a": [480.0, 500, 500, 500, 9], "b": [], "diverged": [500.0, 500, 500, 500, None]}
+    assert found("a") == ("493", "yes") and found("a", at_least=495) == ("493", "no")
+    assert found("a", planned=6) == ("493", "open") and found("b") == ("not measured", "open")
+    assert found("a", seeds=4) == ("4 of 5 seeds", "yes") and found("a", seeds=5) == ("4 of 5 seeds", "no")
+    assert found("a", seeds=9, planned=10)[1] == "open" and found("a", seeds=10, planned=10)[1] == "no"
+    assert found("diverged") == ("1 runs diverged", "no") and found("diverged", seeds=4)[1] == "yes"
 
 
 def test_a_verdict():
@@ -98,7 +124,11 @@ def test_measures_of_a_run():
     assert measured("worst stretch", results, log) == np.mean([10 * i for i in range(51, 71)])
     # Returns 310 to 500 have a mean of 405, those before it one of 395
     assert measured("steps to 400", results, log) == 5000 and measured("seconds to 400", results, log) == 50
-    assert measured("steps to 9999", results, log) == 10_000  # never: at least so many
+    never = measured("steps to 9999", results, log)
+    assert never == 10_000 and isinstance(never, AtLeast)
+    row = {"task": "t", "row": "r", "seconds of run": "1.0", "steps": runner.text(never), "none": runner.text(None)}
+    ((known,),) = [sample([row], "t", "r", "steps")]
+    assert known == 10_000 and isinstance(known, AtLeast) and sample([row], "t", "r", "none") == []
     assert measured("trunk_grad_cosine", results, log) == pytest.approx(0.2)
     assert measured("plain Q, K = 1", results, log) is None
 
@@ -125,7 +155,8 @@ TOY = Claim(
     "toy", "Toys.", "D0", {"task": {"a": "a2c_sync.py --gamma 0.9", "b": "a2c_sync.py"}}, [Expect("a", "b")], seeds=3
 )
 LOG = {"charts/episodic_return": [(50, 0.5, 4.0)]}
-MADE = {"results": {"env_steps": 100, "seconds": 1.0, "eval_return_mean": 5.0}, "log": LOG}
+HOW = {"code": "", "circumstances": ("commit", "versions", "processor", "date")}
+MADE = HOW | {"results": {"env_steps": 100, "seconds": 1.0, "eval_return_mean": 5.0}, "log": LOG}
 
 
 def test_the_codes_version_is_that_of_what_it_does(tmp_path, monkeypatch):
@@ -135,22 +166,35 @@ def test_the_codes_version_is_that_of_what_it_does(tmp_path, monkeypatch):
     def version(script='"""Doc."""\nfrom common import used\nx = 1  # why\n', used="y = 1\n", unused="z = 1\n"):
         for name, text in (("script", script), ("common/used", used), ("common/unused", unused)):
             (tmp_path / f"{name}.py").write_text(text)
-        return code_version(tmp_path / "script.py")
+        return code_version(Job("task", "row", 100, "script.py --env-id envs.mine:Mine-v0"))
 
     first = version()
     assert version('"""Other."""\n\nfrom common import used\n\nx = 1\n') == first == version(unused="z = 2\n")
     assert version('"""Doc."""\nfrom common import used\nx = 2\n') != first != version(used="y = 2\n")
     assert version("import common.used\nx = 1\n") != version("import common.used\nx = 1\n", used="y = 3\n")
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs" / "mine.py").write_text("a = 1\n")
+    assert version() != first
+
+
+def test_the_codes_version_does_not_depend_on_pythons():
+    """What 3.11 to 3.13 make of it: 3.12 has a new field, 3.13 leaves empty ones out."""
+    forms = [
+        "FunctionDef(name='f', args=arguments(posonlyargs=[], args=[]), body=[Pass()], returns=None)",
+        "FunctionDef(name='f', args=arguments(posonlyargs=[], args=[]), body=[Pass()], returns=None, type_params=[])",
+        "FunctionDef(name='f', args=arguments(), body=[Pass()])",
+    ]
+    assert {runner.without_empty(form) for form in forms} == {"FunctionDef(name='f', args=arguments(), body=[Pass()])"}
 
 
 def test_only_what_is_missing_is_run_and_a_failure_stops_nothing(tmp_path, monkeypatch, capsys):
     made, broken = [], {("b", 101)}
 
-    def fake(job, out, fresh):
+    def fake(job, out, fresh, timed):
         made.append((job.row, job.seed, job.command))
         if (job.row, job.seed) in broken:
             raise RuntimeError("it broke")
-        return MADE
+        return MADE | {"code": runner.code_version(job)}
 
     monkeypatch.setattr(runner, "run", fake)
 
@@ -174,8 +218,52 @@ def test_only_what_is_missing_is_run_and_a_failure_stops_nothing(tmp_path, monke
     assert again(other) == 0 and made == [("a", seed, "a2c_sync.py --gamma 0.8") for seed in (100, 101, 102)]
     assert {row["row"] for row in read(tmp_path / "toy.runs.csv")} == {"a"}
     assert {row["row"] for row in read(tmp_path / "toy.curves.csv")} == {"a"}
-    monkeypatch.setattr(runner, "code_version", lambda path: "new code")
+    monkeypatch.setattr(runner, "code_version", lambda job: "new code")
     assert again(other) == 0 and len(made) == 3
+    # So is one of which something new is asked; what is asked no more is left out
+    assert again(replace(other, measures=("return", "seconds"))) == 0 and len(made) == 3
+    assert again(replace(other, measures=("return",))) == 0 and made == []
+    assert again(replace(other, measures=("return",)), fresh=True) == 0 and len(made) == 3
+    assert "seconds" not in read(tmp_path / "toy.runs.csv")[0]
+
+
+def test_a_row_of_which_one_command_has_some_runs_has_those_alone(tmp_path):
+    for seed, command in ((100, "a2c_sync.py"), (101, "a2c_sync.py --gamma 0.8"), (102, "a2c_sync.py --gamma 0.8")):
+        runner.add(TOY, tmp_path, Job("task", "b", seed, command), MADE)
+        runner.add(TOY, tmp_path, Job("task", "a", seed, command), MADE)  # none of today's
+    runs = runner.runs_of(TOY, tmp_path)
+    assert [(run["row"], run["seed"]) for run in runs] == [("a", "100"), ("b", "100"), ("a", "101"), ("a", "102")]
+
+
+def test_a_run_that_diverged_is_told_and_counts(tmp_path, monkeypatch):
+    job = Job("task", "a", 100, "a2c_sync.py --gamma 0.9 --env-id toy_envs:Huge-v0 --actor-lr 1e300 --run-dir x")
+    error = "error: actor's weights is not finite at environment step 100; ..."
+    process = type("Process", (), {"returncode": 1, "communicate": lambda self: (None, error)})
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda *_, **__: process())
+    monkeypatch.setattr(runner, "circumstances", lambda: HOW["circumstances"])
+    made = run(job, tmp_path)
+    assert "results" not in made
+    for seed in range(100, 105):
+        runner.add(TOY, tmp_path, Job("task", "a", seed, "a2c_sync.py --gamma 0.9"), made if seed == 101 else MADE)
+        runner.add(TOY, tmp_path, Job("task", "b", seed, "a2c_sync.py"), MADE)
+    ((_, _, found, answer),) = judged(TOY, read(tmp_path / "toy.runs.csv"))
+    assert (found, answer) == ("1 runs diverged", "open")
+    assert "| task | a | diverged | diverged | 5, diverged, 5, 5, 5 |" in block(TOY, tmp_path)
+
+
+def test_two_laboratories_at_once_lose_nothing(tmp_path):
+    claim = replace(TOY, tasks={"x": {"a": "x"}, "y": {"a": "y"}}, seeds=20)
+
+    def one(task):
+        for seed in range(100, 120):
+            runner.add(claim, tmp_path, Job(task, "a", seed, task), MADE)
+
+    processes = [get_context("fork").Process(target=one, args=task) for task in "xy"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(read(tmp_path / "toy.runs.csv")) == len(read(tmp_path / "toy.curves.csv")) / 51 == 40
 
 
 def test_a_run_goes_on_from_its_checkpoint_and_is_made_once(tmp_path, monkeypatch):
@@ -195,18 +283,56 @@ def test_a_run_goes_on_from_its_checkpoint_and_is_made_once(tmp_path, monkeypatc
             (folder / "metrics.csv").write_text("env_steps,seconds,tag,value\n50,0.5,charts/episodic_return,4.0\n")
 
         def communicate(self):
-            return None, "Killed"
+            return None, "Killed" if self.returncode else ""
 
     monkeypatch.setattr(runner.subprocess, "Popen", Process)
+    monkeypatch.setattr(runner, "circumstances", lambda: HOW["circumstances"])
     job = Job("task", "a", 100, "experiments.variants.gradient_variance sac --total-timesteps 100")
     with pytest.raises(RuntimeError, match="Killed"):
         run(job, tmp_path)
     for _ in range(2):
-        assert run(job, tmp_path) == {"results": {"env_steps": 100}, "log": LOG}
+        made = run(job, tmp_path)
+        assert (made["results"], made["log"]) == ({"env_steps": 100}, LOG)
     (first, second), target = calls, ["-m", "experiments.variants.gradient_variance", "sac"]
     assert first[1:4] == second[1:4] == target
     assert first[4:6] == ["--total-timesteps", "100"] and first[-2:] == ["--seed", "100"]
     assert second[4] == "--resume" and len(second) == 6
+    run(job, tmp_path, timed=True)  # not with the seconds of one that had company
+    assert len(calls) == 3
+
+
+def test_a_variant_with_a_state_of_its_own_is_made_anew(tmp_path, monkeypatch):
+    calls = []
+
+    def popen(command, **_):
+        calls.append(command)
+        folder = Path(command[command.index("--run-dir") + 1])
+        folder.mkdir()  # there must be none
+        (folder / "checkpoint.pt").touch()
+        return type("Process", (), {"returncode": -9, "communicate": lambda self: (None, "Killed")})()
+
+    monkeypatch.setattr(runner.subprocess, "Popen", popen)
+    monkeypatch.setattr(runner, "circumstances", lambda: HOW["circumstances"])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Killed"):
+            run(Job("task", "a", 100, "experiments.variants.a2c_lag --lag 4"), tmp_path)
+    assert len(calls) == 2 and not any("--resume" in command for command in calls)
+    assert runner.ANEW <= set(VARIANTS)
+
+
+def test_a_variants_folder_is_not_the_scripts(tmp_path):
+    """Or the script would go on without the change, and `curves` would take both for one."""
+    words = [sys.executable, "-m", "experiments.variants.a2c_truncation", "--run-dir", str(tmp_path / "run")]
+    options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True}
+    flags = "--total-timesteps 400 --eval-episodes 1 --checkpoint-every 200".split()
+    assert subprocess.run([*words, *flags], **options).returncode == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["script"] == "a2c_truncation"
+    more = ["--resume", str(tmp_path / "run"), "--total-timesteps", "800"]
+    wrong = subprocess.run([sys.executable, "a2c_sync.py", *more], **options)
+    assert wrong.returncode != 0 and "was made by a2c_truncation.py; resume it with that script" in wrong.stderr
+    assert subprocess.run([*words[:3], *more], **options).returncode == 0
+    wrong = subprocess.run([sys.executable, "evaluate.py", str(tmp_path / "run")], **options)
+    assert wrong.returncode != 0 and "none of the scripts here" in wrong.stderr
 
 
 @pytest.mark.slow

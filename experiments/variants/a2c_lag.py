@@ -1,4 +1,4 @@
-"""a2c_sync.py with actors that are --lag updates behind the learner (D7)."""
+"""a2c_sync.py with actors that are --lag updates behind the learner (D7). The older agents are in no checkpoint."""
 
 import copy
 from collections import deque
@@ -43,6 +43,7 @@ def lagging_update(agent, optimizer, batch, args):
 
 a2c_sync.update = lagging_update
 a2c_sync.ActorCritic.act = lambda agent, obs, greedy=False: act(agent if greedy else acting(agent), obs, greedy)
+a2c_sync.__file__ = __file__  # a run's folder tells this from a2c_sync.py
 
 if __name__ == "__main__":
     a2c_sync.run_cli(a2c_sync.train, Args)

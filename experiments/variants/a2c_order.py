@@ -15,6 +15,7 @@ def update(agent, optimizer, batch, args):
 
 
 a2c_sync.update = update
+a2c_sync.__file__ = __file__  # a run's folder tells this from a2c_sync.py
 
 if __name__ == "__main__":
     a2c_sync.run_cli(a2c_sync.train, a2c_sync.Args)

@@ -53,6 +53,7 @@ class Run(script.Run):
 
 
 script.Run = Run
+script.__file__ = __file__  # a run's folder tells this from the script
 
 if __name__ == "__main__":
     script.run_cli(script.train, script.Args)

@@ -15,6 +15,7 @@ class MLP(nn.Sequential):
 
 
 off_policy_ac.MLP = MLP
+off_policy_ac.__file__ = __file__  # a run's folder tells this from off_policy_ac.py
 
 if __name__ == "__main__":
     off_policy_ac.run_cli(off_policy_ac.train, off_policy_ac.Args)

@@ -7,5 +7,7 @@ sac.soft_td_target = lambda rewards, terminated, next_q, next_log_probs, alpha, 
     rewards, terminated, next_q, 0.0, alpha, gamma
 )
 
+sac.__file__ = __file__  # a run's folder tells this from sac.py
+
 if __name__ == "__main__":
     sac.run_cli(sac.train, sac.Args)

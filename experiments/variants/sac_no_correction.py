@@ -11,6 +11,7 @@ def log_prob(policy, u):
 
 
 sac.SquashedGaussian.log_prob = log_prob
+sac.__file__ = __file__  # a run's folder tells this from sac.py
 
 if __name__ == "__main__":
     sac.run_cli(sac.train, sac.Args)

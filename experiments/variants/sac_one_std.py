@@ -16,6 +16,7 @@ class Actor(sac.Actor):
 
 
 sac.Actor = Actor
+sac.__file__ = __file__  # a run's folder tells this from sac.py
 
 if __name__ == "__main__":
     sac.run_cli(sac.train, sac.Args)

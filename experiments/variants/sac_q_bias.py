@@ -16,7 +16,7 @@ def q_bias(agent, args, steps=1000, num_envs=10) -> dict:
     obs, done = envs.reset(seed=0)[0], torch.zeros(num_envs)
     for _ in range(steps):
         actions, log_probs = agent.actor(torch.as_tensor(obs)).sample_with_log_prob()
-        q, valid = agent.critics(torch.as_tensor(obs), actions).mean(0), 1 - done
+        q, valid = agent.critics(torch.as_tensor(obs), actions).amin(0), 1 - done
         obs, rewards, terminated, truncated, _ = envs.step(actions.numpy())
         done = torch.as_tensor(terminated | truncated).float()
         seen.append((q, valid, torch.as_tensor(rewards), log_probs, torch.as_tensor(terminated)))
@@ -36,6 +36,7 @@ class Run(sac.Run):
 
 
 sac.Run = Run
+sac.__file__ = __file__  # a run's folder tells this from sac.py
 
 if __name__ == "__main__":
     sac.run_cli(sac.train, sac.Args)
