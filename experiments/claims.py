@@ -264,10 +264,15 @@ CLAIMS = [
             },
         },
         [
-            Expect("", "", "baseline, K = 8", than="plain Q, K = 8", lower=True),
-            Expect("", "", "plain Q, K = 64", than="plain Q, K = 8", lower=True),
-            Expect("", "", "reparam, K = 1", than="score, K = 8", lower=True),
-            Expect("", "", "reparam, K = 8", than="score, K = 8", lower=True),
+            *(
+                Expect("", "", measure, than="plain Q, K = 8", lower=True, task="off_policy_ac.py, Pendulum-v1")
+                for measure in ("baseline, K = 8", "plain Q, K = 64")
+            ),
+            *(
+                Expect("", "", measure, than="score, K = 8", lower=True, task=f"sac.py, {env}")
+                for env in ("Pendulum-v1", "HalfCheetah-v5")
+                for measure in ("reparam, K = 1", "reparam, K = 8")
+            ),
         ],
         measures=(
             *(f"plain Q, K = {K}" for K in (1, 2, 8, 64)),

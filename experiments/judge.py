@@ -120,8 +120,6 @@ def number(value: float) -> str:
 
 
 def verdict(answers: list[str]) -> str:
-    if not answers:
-        return "not measured yet"
     if all(answer == "yes" for answer in answers):
         return "holds"
-    return "holds in part" if "yes" in answers else "does not hold here"
+    return "holds in part" if "yes" in answers else "does not hold here" if "no" in answers else "open"

@@ -109,7 +109,7 @@ def test_an_aim_is_reached_by_the_mean_or_by_enough_seeds():
 
 def test_a_verdict():
     assert verdict(["yes", "yes"]) == "holds" and verdict(["yes", "open"]) == verdict(["no", "yes"]) == "holds in part"
-    assert verdict(["open", "no"]) == "does not hold here" and verdict([]) == "not measured yet"
+    assert verdict(["open", "no"]) == "does not hold here" and verdict(["open", "open"]) == "open"
 
 
 # --- Measures ---------------------------------------------------------------------------------------------------------
