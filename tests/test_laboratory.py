@@ -21,6 +21,7 @@ from helpers import wait_for
 
 from common.flags import check_ranges
 from experiments import runner
+from experiments.__main__ import cli
 from experiments.claims import CLAIMS, Claim
 from experiments.judge import SEEDS, AtLeast, Expect, Reach, interval, iqm, verdict
 from experiments.report import block, judged, report
@@ -370,6 +371,32 @@ def test_qs_bias_is_measured_without_the_time_limit_and_the_return_with_it(tmp_p
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["eval_return_mean"] > -16.3 * 200  # Pendulum-v1 costs at most 16.3 a step
     assert results["q_bias"] == pytest.approx(results["q"] - results["true_q"]) != 0
+
+
+def test_curves_of_run_folders(tmp_path, monkeypatch):
+    """Those that differ in nothing but their seed are one curve; one of them is still going on."""
+    words = ["experiments", "curves", *(str(tmp_path / name) for name in "abc"), "--out", str(tmp_path / "curves.png")]
+    monkeypatch.setattr("sys.argv", words)
+    drawn = []
+    monkeypatch.setattr("experiments.figures.plot_runs", lambda groups, *_: drawn.append(groups))
+    for name, seed, gamma in (("a", 1, 0.9), ("b", 2, 0.9), ("c", 1, 0.8)):
+        (tmp_path / name).mkdir()
+        flags = {"script": "a2c_sync", "env_id": "CartPole-v1", "seed": seed, "gamma": gamma, "run_dir": name}
+        (tmp_path / name / "args.json").write_text(json.dumps(flags))
+    with pytest.raises(SystemExit, match="No episode has ended"):  # nor is there a metrics.csv
+        cli()
+    for name in "abc":
+        text = "env_steps,seconds,tag,value\n50,0.5,charts/episodic_return,4.0\n90,0.9,charts/epi"
+        (tmp_path / name / "metrics.csv").write_text(text)
+    cli()
+    (groups,) = drawn
+    assert {label: len(runs) for label, runs in groups.items()} == {
+        "a2c_sync.py CartPole-v1 gamma 0.9": 2,
+        "a2c_sync.py CartPole-v1 gamma 0.8": 1,
+    }
+    (tmp_path / "a" / "metrics.csv").write_text("no,csv\n1,2\n")
+    with pytest.raises(SystemExit, match="damaged"):
+        cli()
 
 
 # --- Declarations and the page ----------------------------------------------------------------------------------------
