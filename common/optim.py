@@ -6,8 +6,9 @@ import torch
 class RMSpropA3C(torch.optim.Optimizer):
     """g ← αg + (1 − α)Δ², θ ← θ − ηΔ/√(g + ε) (arXiv 1602.01783 section 4 and eq. 8-9).
 
-    torch.optim.RMSprop has ε outside the root, so with g near 0 its first steps are up to a thousand times as large.
-    g starts at 1, as TensorFlow's did. Where gradients are far below √ε this is plain SGD with a rate of η/√ε.
+    g starts at 1, as TensorFlow's did. In torch.optim.RMSprop it starts at 0 and ε is outside the root, so the first
+    steps are up to a thousand times as large; it is the start that ruins runs (docs/claims.md, mistakes). Where
+    gradients are far below √ε this is plain SGD with a rate of η/√ε.
     """
 
     def __init__(self, params, lr: float = 7e-4, alpha: float = 0.99, eps: float = 1e-5):
