@@ -46,9 +46,7 @@ def block(claim, data: Path) -> str:
     lines += ["", "| Task | What was expected | What was found | |", "|---|---|---|---|"]
     lines += [f"| {task} | {expect} | {found} | {answer} |" for task, expect, found, answer in answers]
     words = [answer for *_, answer in answers]
-    counts = (
-        f"{words.count('yes')} came out, {words.count('no')} came out the other way, {words.count('open')} stay open"
-    )
+    counts = f"{words.count('yes')} came out, {words.count('no')} did not, {words.count('open')} stay open"
     lines += ["", f"**Verdict: {verdict(words)}.** Of {len(words)} expectations {counts}."]
     seeds = {int(run["seed"]) for run in runs}
     minutes = sum(float(run[RUN[-1]]) for run in runs if run[RUN[-1]] != DIVERGED) / 60

@@ -450,7 +450,7 @@ def test_a_claims_block_has_the_numbers(tmp_path):
     ((task, _, found, answer),) = judged(TOY, read(tmp_path / "toy.runs.csv"))
     assert (task, answer) == ("task", "yes") and re.fullmatch(r"9 \[[678][.\d]*, 1[01][.\d]*\]", found)
     text = block(TOY, tmp_path)
-    assert "**Verdict: holds.** Of 1 expectations 1 came out, 0 came out the other way, 0 stay open." in text
+    assert "**Verdict: holds.** Of 1 expectations 1 came out, 0 did not, 0 stay open." in text
     assert re.search(r"\| task \| a \| 12 \[1\d[.\d]*, 1\d[.\d]*\] \| 1 \[1, 1\] \| 10, 11, 12, 13, 14 \|", text)
     assert "Seeds 100 to 104" in text
 
