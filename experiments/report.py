@@ -5,13 +5,13 @@ import shlex
 from pathlib import Path
 
 from experiments.judge import AtLeast, interval, iqm, number, verdict
-from experiments.runner import DIVERGED, FIRST_SEED, RUN, jobs_of, key, runs_of, sample
+from experiments.runner import DIVERGED, FIRST_SEED, jobs_of, key, runs_of, sample
 
 
 def cell(values: list[float]) -> str:
     """IQM, and its interval; of bounds it is one, too."""
     if not values or None in values:
-        return "diverged" if values else ""
+        return DIVERGED if values else ""
     low, high = interval(values)
     least = "≥ " if any(isinstance(value, AtLeast) for value in values) else ""
     bounds = f" [{number(float(low))}, {number(float(high))}]" if len(values) > 1 else ""
@@ -49,7 +49,7 @@ def block(claim, data: Path) -> str:
     counts = f"{words.count('yes')} came out, {words.count('no')} did not, {words.count('open')} stay open"
     lines += ["", f"**Verdict: {verdict(words)}.** Of {len(words)} expectations {counts}."]
     seeds = {int(run["seed"]) for run in runs}
-    minutes = sum(float(run[RUN[-1]]) for run in runs if run[RUN[-1]] != DIVERGED) / 60
+    minutes = sum(float(run["seconds of run"]) for run in runs if run["seconds of run"] != DIVERGED) / 60
     made = sorted({(run["processor"], run["versions"], run["commit"], run["date"]) for run in runs})
     whole = {job.key for job in jobs_of(claim, claim.seeds)}
     there = len(whole & {key(run) for run in runs})

@@ -37,7 +37,7 @@ ANEW = {"a2c_lag", "a3c_accumulate"}  # variants with a state that is in no chec
 running = set()  # processes
 RUN = ["task", "row", "seed", "command", "code", "commit", "versions", "processor", "date", "seconds of run"]
 POINT = ["task", "row", "seed", "env_steps", "seconds", "return"]
-DIVERGED = "diverged"  # in place of seconds
+DIVERGED = "diverged"  # in place of seconds: the run ended in numbers that are not finite
 
 
 @dataclass
@@ -227,27 +227,27 @@ def key(row: dict) -> tuple:
     return row["task"], row["row"], row["seed"]
 
 
+def number_in(text: str) -> float | None:
+    return None if text == DIVERGED else AtLeast(text[1:]) if text.startswith(">") else float(text)
+
+
 def text(value: float | None) -> str:
     return "" if value is None else f"{'>' if isinstance(value, AtLeast) else ''}{value:.6g}"
 
 
 def runs_of(claim, data: Path) -> list[dict]:
     """A claim's runs; without those of an earlier command where a row has some of today's."""
-    runs, rows = read(data / f"{claim.name}.runs.csv"), {}
-    for run in runs:
-        rows.setdefault(key(run)[:2], set()).add(run["command"])
-    today = {(task, row): command for task, rows in claim.tasks.items() for row, command in rows.items()}
-    return [
-        run for run in runs if run["command"] == (mine := today.get(key(run)[:2])) or mine not in rows[key(run)[:2]]
-    ]
+    runs = read(data / f"{claim.name}.runs.csv")
+    today = [run for run in runs if run["command"] == claim.tasks.get(run["task"], {}).get(run["row"])]
+    renewed = {key(run)[:2] for run in today}
+    return [run for run in runs if run in today or key(run)[:2] not in renewed]
 
 
 def sample(runs: list[dict], task: str, row: str, measure: str) -> list[float | None]:
     """The measure of each seed of a row: AtLeast where a run did not get there, None where it diverged."""
     mine = [run for run in runs if (run["task"], run["row"]) == (task, row)]
-    texts = [DIVERGED if run[RUN[-1]] == DIVERGED else run.get(measure) for run in mine]
-    kinds = {">": lambda text: AtLeast(text[1:]), DIVERGED[0]: lambda text: None}
-    return [kinds.get(text[0], float)(text) for text in texts if text]
+    texts = [DIVERGED if run["seconds of run"] == DIVERGED else run.get(measure) for run in mine]
+    return [number_in(text) for text in texts if text]
 
 
 def add(claim, data: Path, job: Job, made: dict):
@@ -256,9 +256,9 @@ def add(claim, data: Path, job: Job, made: dict):
     results, log = made.get("results"), made.get("log")
     row, points = dict(zip(RUN, [*job.key, job.command, made["code"], *made["circumstances"]])), []
     if results is None:
-        row[RUN[-1]] = DIVERGED
+        row["seconds of run"] = DIVERGED
     else:
-        row[RUN[-1]] = f"{results['seconds']:.1f}"
+        row["seconds of run"] = f"{results['seconds']:.1f}"
         row |= {name: text(measured(name, results, log)) for name in claim.measures}
         points = [
             dict(zip(POINT, [*job.key, env_steps, f"{seconds:.1f}", f"{value:.6g}"]))
