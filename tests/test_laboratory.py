@@ -332,6 +332,15 @@ def test_a_variants_folder_is_not_the_scripts(tmp_path):
     wrong = subprocess.run([sys.executable, "a2c_sync.py", *more], **options)
     assert wrong.returncode != 0 and "was made by a2c_truncation.py; resume it with that script" in wrong.stderr
     assert subprocess.run([*words[:3], *more], **options).returncode == 0
+    more[-1] = "100000000"
+    process = subprocess.Popen([*words[:3], *more], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    modified = (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns
+    metrics = (tmp_path / "run" / "metrics.csv").stat().st_size
+    wait_for(lambda: (tmp_path / "run" / "metrics.csv").stat().st_size > metrics)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns > modified
+    assert f"python -m experiments.variants.a2c_truncation --resume {tmp_path / 'run'}" in errors
     wrong = subprocess.run([sys.executable, "evaluate.py", str(tmp_path / "run")], **options)
     assert wrong.returncode != 0 and "none of the scripts here" in wrong.stderr
 
