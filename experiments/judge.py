@@ -79,7 +79,7 @@ class Expect:
         against, in_favour = bounds if self.lower else reversed(bounds)
         if min(len(better), len(worse)) < SEEDS or (answer == "yes" and against) or (answer == "no" and in_favour):
             answer = "open"
-        return f"{number(middle)} [{number(low)}, {number(high)}]", answer
+        return with_interval(middle, low, high), answer
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,10 @@ class Reach:
 
 def number(value: float) -> str:
     return ("≥ " if isinstance(value, AtLeast) else "") + (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}")
+
+
+def with_interval(middle: float, low: float, high: float) -> str:
+    return number(middle) + ("" if np.isnan(low) else f" [{number(low)}, {number(high)}]")
 
 
 def verdict(answers: list[str]) -> str:

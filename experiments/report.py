@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from experiments.judge import AtLeast, interval, iqm, number, verdict
+from experiments.judge import AtLeast, interval, iqm, number, verdict, with_interval
 from experiments.runner import DIVERGED, FIRST_SEED, jobs_of, key, runs_of, sample
 
 
@@ -12,10 +12,8 @@ def cell(values: list[float]) -> str:
     """IQM, and its interval; of bounds it is one, too."""
     if not values or None in values:
         return DIVERGED if values else ""
-    low, high = interval(values)
     least = "≥ " if any(isinstance(value, AtLeast) for value in values) else ""
-    bounds = f" [{number(float(low))}, {number(float(high))}]" if len(values) > 1 else ""
-    return least + number(float(iqm(values))) + bounds
+    return least + with_interval(float(iqm(values)), *map(float, interval(values)))
 
 
 def judged(claim, runs: list[dict]) -> list[tuple]:
