@@ -35,6 +35,8 @@ def list_(commands: bool = False):
     Args:
         commands: with the commands that each compares
     """
+    if hasattr(signal, "SIGPIPE"):  # which Windows lacks
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its reader, head perhaps, need not read all
     for claim in CLAIMS:
         print(shown(claim) if commands else shown(claim).partition("\n")[0])
 

@@ -12,12 +12,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 1))]
-LEGEND = {"framealpha": 0.8, "edgecolor": "none"}  # curves show through
+# Below the axes, where it hides nothing, with handles long enough to tell the lines by
+LEGEND = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "handlelength": 4, "frameon": False, "fontsize": 7}
+THOUSANDS = plt.FuncFormatter(lambda value, _: f"{value:,.10g}")
 UNITS = {
     "return": "greedy return, 100 episodes",
     "training return": "mean training return",
     "seconds": "seconds",
-    "q_bias": "Q − what followed",
+    "overestimation": "Q − the discounted return that followed",
     "steps to 475": "environment steps to a return of 475",
     "seconds to 475": "seconds to a return of 475",
     "seconds to 400": "seconds to a return of 400",
@@ -27,23 +29,26 @@ UNITS = {
 def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False, unit: str = "training return"):
     """row -> a curve (points, 3) of env_steps, seconds, return for each seed; thin lines, IQM and interval.
 
-    Of more than five rows the IQM alone, or nothing could be made out; the values beside them have every seed.
+    Of more than three rows no intervals, of more than five the IQM alone, or nothing could be made out; the values
+    beside them have every seed.
     """
-    crowded = len(lines) > 5
+    column = 1 if seconds else 0
     for i, (row, seeds) in enumerate(lines.items()):
-        column = 1 if seconds else 0
         grid = np.linspace(0, min(each[-1, column] for each in seeds), 101)[1:]
         grid = grid[grid >= max(each[0, column] for each in seeds)]  # where every seed has finished an episode
         values = np.stack([np.interp(grid, each[:, column], each[:, 2]) for each in seeds], 1)
         color, style = f"C{i % 10}", LINES[i % len(LINES)]
-        for each in seeds if not crowded else []:
+        for each in seeds if len(lines) <= 5 else []:
             axes.plot(each[:, column], each[:, 2], color=color, linewidth=0.4, alpha=0.5)
         axes.plot(grid, iqm(values), color=color, linestyle=style, linewidth=1.8, label=row)
-        if len(seeds) > 1 and not crowded:
+        if len(lines) <= 3:
             axes.fill_between(grid, *interval(values), color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="seconds" if seconds else "environment steps", ylabel=unit)
-    axes.xaxis.set_major_locator(plt.MaxNLocator(5))
+    axes.xaxis.set_major_locator(plt.MaxNLocator(4))
+    axes.xaxis.set_major_formatter(THOUSANDS)
     axes.grid(alpha=0.3)
+    if lines:
+        axes.legend(ncols=1 if len(lines) < 3 else 2, **LEGEND)
 
 
 def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = False):
@@ -55,15 +60,20 @@ def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = Fal
         axes.plot(iqm(each), i, "k|", markersize=14, markeredgewidth=2)
         axes.plot(interval(each), [i, i], "k-", linewidth=1)
     axes.set_yticks(range(len(values)), values)
-    axes.set(xlabel=unit, ylim=(len(values) - 0.5, -0.5), xscale="log" if log else "linear")
+    axes.set(xlabel=unit, ylim=(len(values) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
+    if log:
+        axes.set_xscale("log")
+        return
+    axes.xaxis.set_major_locator(plt.MaxNLocator(4))
+    axes.xaxis.set_major_formatter(THOUSANDS)
 
 
 def plot_claim(claim, data: Path, folder: Path) -> Path:
     """For every task its curves, and beside them the claim's first measure."""
     runs, points = runs_of(claim, data), read(data / f"{claim.name}.curves.csv")
     tasks = [task for task in claim.tasks if any(run["task"] == task for run in runs)]
-    only_measures = all(list(rows) == [""] for rows in claim.tasks.values())  # no rows to compare: its measures
+    only_measures = claim.one_row_a_task()
     columns = 1 if only_measures else 2
     figure, grid = plt.subplots(
         len(tasks), columns, figsize=(5.2 * columns, 0.6 + 3.2 * len(tasks)), squeeze=False, layout="constrained"
@@ -89,7 +99,6 @@ def plot_claim(claim, data: Path, folder: Path) -> Path:
                         )
                 lines |= {row: [np.array(seed) for seed in seeds.values()]} if seeds else {}  # no episode has ended
             draw_curves(axes[0], lines, claim.x == "seconds")
-            axes[0].legend(fontsize=7, **LEGEND)
         axes[0].set_title(task, fontsize=10)
     return save(figure, folder / f"claim_{claim.name}.png")
 
@@ -99,7 +108,6 @@ def plot_runs(groups: dict[str, list[tuple]], out: Path, seconds: bool = False) 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     lines = {f"{label} ({len(runs)})": [np.array(curve(*run)) for run in runs] for label, runs in groups.items()}
     draw_curves(axes, lines, seconds)
-    axes.legend(fontsize=8, **LEGEND)
     return save(figure, out)
 
 

@@ -17,14 +17,14 @@ def iqm(values, axis=-1):
     return trim_mean(values, 0.25, axis=axis)
 
 
-def interval(*samples, statistic=iqm) -> tuple:
+def interval(*samples, statistic=iqm, at_least=SEEDS) -> tuple:
     """95 % percentile bootstrap interval over seeds, of each task by itself; samples (..., seeds).
 
     Resampled seeds lie among those measured, so the interval does not leave the possible range. Not a number with
-    fewer than two seeds.
+    fewer seeds than `at_least`.
     """
     samples = [np.asarray(sample, float) for sample in samples]
-    if min(sample.shape[-1] for sample in samples) < 2:
+    if min(sample.shape[-1] for sample in samples) < at_least:
         return (np.full(samples[0].shape[:-1], np.nan),) * 2
     found = bootstrap(samples, statistic, axis=-1, n_resamples=2000, method="percentile", rng=0)
     return found.confidence_interval.low, found.confidence_interval.high
@@ -43,8 +43,9 @@ class Expect:
     task: str | None = None  # by default every task that has both rows
 
     def __str__(self) -> str:
-        words = "less" if self.lower else "more"
-        words = f"not {self.margin:g} {'more' if self.lower else 'less'}" if self.margin else words
+        less = "fewer" if self.measure.startswith(("steps", "seconds")) else "less"
+        words = less if self.lower else "more"
+        words = f"not {self.margin:g} {'more' if self.lower else less}" if self.margin else words
         if self.than:
             return f"{self.measure}: {words} than {self.than}"
         return f"{self.better}: {words} {self.measure} than {self.worse}"

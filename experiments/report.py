@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from experiments.judge import AtLeast, interval, iqm, number, verdict, with_interval
+from experiments.judge import SEEDS, AtLeast, interval, iqm, number, verdict, with_interval
 from experiments.runner import DIVERGED, FIRST_SEED, jobs_of, key, runs_of, sample
 
 
@@ -13,7 +13,8 @@ def cell(values: list[float]) -> str:
     if not values or None in values:
         return DIVERGED if values else ""
     least = "≥ " if any(isinstance(value, AtLeast) for value in values) else ""
-    return least + with_interval(float(iqm(values)), *map(float, interval(values)))
+    few = f" ({len(values)} seed{'s' * (len(values) > 1)})" if len(values) < SEEDS else ""
+    return least + with_interval(float(iqm(values)), *map(float, interval(values))) + few
 
 
 def judged(claim, runs: list[dict]) -> list[tuple]:
@@ -26,36 +27,45 @@ def judged(claim, runs: list[dict]) -> list[tuple]:
     return found
 
 
+def in_rows(table: list) -> list[str]:
+    """In Markdown; the first row is the heading."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in table]
+    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:]]
+
+
 def block(claim, data: Path) -> str:
     """A claim's generated part of the page."""
     runs = runs_of(claim, data)
     if not runs:
         return "Not measured yet."
     lines, answers = [f"![{claim.name}](figures/claim_{claim.name}.png)", ""], judged(claim, runs)
-    lines += [f"| Task | | {' | '.join(claim.measures)} | each seed's {claim.measures[0]} |"]
-    lines += ["|---|---|" + "---|" * (len(claim.measures) + 1)]
-    for task, rows in claim.tasks.items():
-        for row in rows:
-            samples = [sample(runs, task, row, measure) for measure in claim.measures]
-            if any(samples):
+    if claim.one_row_a_task():
+        table = [["", *claim.tasks]]
+        table += [[name, *(cell(sample(runs, task, "", name)) for task in claim.tasks)] for name in claim.measures]
+    else:
+        table = [["Task", "", *claim.measures, f"each seed's {claim.measures[0]}"]]
+        for task, rows in claim.tasks.items():
+            for row in rows:
+                samples = [sample(runs, task, row, measure) for measure in claim.measures]
                 each = ", ".join(DIVERGED if value is None else number(value) for value in samples[0])
-                cells = " | ".join(map(cell, samples))
-                lines.append(f"| {task} | {row} | {cells} | {each} |")
-    lines += ["", "| Task | What was expected | What was found | |", "|---|---|---|---|"]
-    lines += [f"| {task} | {expect} | {found} | {answer} |" for task, expect, found, answer in answers]
+                table += [[task, row, *map(cell, samples), each]] if any(samples) else []
+    lines += [*in_rows(table), "", *in_rows([["Task", "What was expected", "What was found", ""], *answers])]
     words = [answer for *_, answer in answers]
-    counts = f"{words.count('yes')} came out, {words.count('no')} did not, {words.count('open')} stay open"
-    lines += ["", f"**Verdict: {verdict(words)}.** Of {len(words)} expectations {counts}."]
+    counts = ", ".join(f"{words.count(answer)} {answer}" for answer in ("yes", "no", "open"))
+    lines += ["", f"**Verdict: {verdict(words)}** ({counts})."]
     seeds = {int(run["seed"]) for run in runs}
     minutes = sum(float(run["seconds of run"]) for run in runs if run["seconds of run"] != DIVERGED) / 60
-    made = sorted({(run["processor"], run["versions"], run["commit"], run["date"]) for run in runs})
+    made = {}  # circumstances -> tasks
+    for run in runs:
+        made.setdefault((run["processor"], run["versions"], run["commit"], run["date"]), {})[run["task"]] = None
     whole = {job.key for job in jobs_of(claim, claim.seeds)}
     there = len(whole & {key(run) for run in runs})
     partial = f" So far {there} of {len(whole)} runs have been made." if there < len(whole) else ""
     lines += ["", f"Seeds {FIRST_SEED} to {max(seeds)}, {minutes:.0f} minutes of training.{partial}"]
     lines += ["", "<details><summary>Commands and machines</summary>", ""]
     lines += [f"    {called(run['command'])} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
-    lines += ["", *(f"    {', '.join(each)}" for each in made), "", "</details>"]
+    lines += ["", *(f"    {'; '.join(tasks)}: {', '.join(each)}" for each, tasks in sorted(made.items()))]
+    lines += ["", "</details>"]
     return "\n".join(lines)
 
 

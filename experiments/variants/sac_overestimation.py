@@ -1,4 +1,4 @@
-"""sac.py that compares Q with what really follows, after training: results.json has q, its true value and the bias."""
+"""sac.py that after training compares Q with the discounted return that follows; results.json has their difference."""
 
 import gymnasium as gym
 import torch
@@ -7,7 +7,7 @@ import sac
 
 
 @torch.no_grad()
-def q_bias(agent, args, steps=1000, num_envs=10) -> dict:
+def overestimation(agent, args, steps=1000, num_envs=10) -> dict:
     """Over the first half of the steps, since the rest of a sum of discounted rewards is cut off at the end."""
     spec = gym.spec(args.env_id)
     limit, spec.max_episode_steps = spec.max_episode_steps, 2 * steps  # a time limit would end the sum
@@ -27,12 +27,12 @@ def q_bias(agent, args, steps=1000, num_envs=10) -> dict:
         pairs.append(torch.stack([q, value])[:, valid == 1])
         following = value - agent.log_alpha.exp() * log_probs
     q, value = torch.cat(pairs[steps // 2 :], 1).mean(1).tolist()
-    return {"q": q, "true_q": value, "q_bias": q - value}
+    return {"Q": q, "discounted return": value, "overestimation": q - value, "error of Q": abs(q - value)}
 
 
 class Run(sac.Run):
     def finish(self):
-        return super().finish(**q_bias(self._parts["agent"], self.args))
+        return super().finish(**overestimation(self._parts["agent"], self.args))
 
 
 sac.Run = Run
