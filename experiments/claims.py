@@ -216,14 +216,13 @@ CLAIMS = [
     Claim(
         "beyond",
         "Fresh actions and Q need a baseline, an entropy bonus and a target network beside them.",
-        "D10 to D13, D17",
+        "beyond D8 to D15",
         {
             task: {
                 "all": f"{OFF}{flags}",
                 "no baseline": f"{OFF}{flags} --baseline none",
                 "no entropy bonus": f"{OFF}{flags} --ent-coef 0",
                 "no target network": f"{OFF}{flags} --tau 1",
-                "constant learning rates": f"{OFF}{flags} --no-lr-decay",
                 "64 units a layer": variant("off_policy_ac_64_units", OFF) + flags,
             }
             for task, flags in REPLAY_TASKS.items()

@@ -29,7 +29,6 @@ from off_policy_ac import (
     actor_loss_fn,
     check_flags,
     critic_loss_fn,
-    decay_learning_rates,
     importance_weights,
     leave_one_out,
     loss_fn,
@@ -117,7 +116,8 @@ def learned_values(**flags):
     args, agent = on_the_mdp(actor_lr=1e-12, critic_lr=2e-2, tau=0.1, **flags)
     optimizer, batch = make_optimizer(agent, args), enumerated(4)
     for i in range(500):
-        decay_learning_rates(optimizer, i / 500)
+        for group in optimizer.param_groups:
+            group["lr"] *= 1 - 1 / (500 - i)  # linearly to 0
         update(agent, optimizer, batch, args)
     return values_of(agent.critic)
 
@@ -351,14 +351,6 @@ def test_each_network_has_its_own_rate():
             for p, q in zip(net.parameters(), old.parameters()):
                 assert (p - q).abs().max().item() == pytest.approx(lr, rel=0.01)
         torch.testing.assert_close(agent.target_critic.state_dict(), before.target_critic.state_dict())
-
-
-def test_all_rates_fall_linearly_to_zero():
-    args, agent = make_parts(True, actor_lr=0.5, critic_lr=0.25)
-    optimizer = make_optimizer(agent, args)
-    for progress, rates in ((0.0, [0.5, 0.25]), (0.75, [0.125, 0.0625]), (1.0, [0.0, 0.0]), (1.2, [0.0, 0.0])):
-        decay_learning_rates(optimizer, progress)
-        assert [group["lr"] for group in optimizer.param_groups] == rates
 
 
 # --- Equations --------------------------------------------------------------------------------------------------------
@@ -600,7 +592,7 @@ def test_value_of_what_terminates_is_the_finite_sum(workdir):
     "flags",
     [
         {"env_id": "toy_envs:Counting-v0", "num_envs": 3, "updates_per_step": 0.7, "critic_lr": 3e-3},
-        {"env_id": "toy_envs:CountingBox-v0", "lr_decay": False, "actor_actions": "importance", "buffer_size": 40},
+        {"env_id": "toy_envs:CountingBox-v0", "actor_actions": "importance", "buffer_size": 40},
     ],
     ids=["discrete", "box"],
 )
@@ -609,9 +601,6 @@ def test_a_run_is_the_loop_written_out_plainly(workdir, flags):
     end = run(checkpoint_every=20, **flags)
 
     def act(agent, optimizer, obs, env_steps):
-        progress = env_steps / args.total_timesteps if args.lr_decay else 0.0
-        for group, lr in zip(optimizer.param_groups, (args.actor_lr, args.critic_lr or args.actor_lr)):
-            group["lr"] = lr * (1 - progress)
         with torch.no_grad():
             policy = agent.actor(obs)
             actions = policy.sample()
@@ -628,7 +617,7 @@ FLAGS = [
     {"actor_actions": "buffer", "num_envs": 3},
     {"actor_actions": "importance", "env_id": "Pendulum-v1", "num_envs": 2, "buffer_size": 40},
     {"actor_actions": "importance", "baseline": "none", "tau": 1.0, "ent_coef": 0.0, "env_id": "toy_envs:SmallInts-v0"},
-    {"critic": "v", "actor_actions": "buffer", "env_id": "Pendulum-v1", "lr_decay": False},
+    {"critic": "v", "actor_actions": "buffer", "env_id": "Pendulum-v1"},
     {"critic": "v", "actor_actions": "importance", "baseline": "none", "env_id": "toy_envs:Shifted-v0"},
     {"baseline": "none", "num_action_samples": 1, "env_id": "toy_envs:Doubles-v0"},
 ]
