@@ -6,8 +6,8 @@ import torch
 class RMSpropA3C(torch.optim.Optimizer):
     """g ← αg + (1 − α)Δ², θ ← θ − ηΔ/√(g + ε) (arXiv 1602.01783 section 4 and eq. 8-9).
 
-    g starts at 1, as TensorFlow's did. In torch.optim.RMSprop it starts at 0 and ε is outside the root, so the first
-    steps are up to a thousand times as large; it is the start that ruins runs (docs/claims.md, mistakes). Where
+    g starts at 1, as TensorFlow's did. In torch.optim.RMSprop it starts at 0 and ε is outside the root, so a first step
+    is up to 10 η, of however small a gradient; it is the start that ruins runs (docs/claims.md, mistakes). Where
     gradients are far below √ε this is plain SGD with a rate of η/√ε.
     """
 

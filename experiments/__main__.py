@@ -14,7 +14,7 @@ from common.flags import UserError, read_args
 from experiments.claims import CLAIMS
 from experiments.report import report as write_report
 from experiments.report import shown
-from experiments.runner import DATA, ROOT, read_log, run_claim
+from experiments.runner import DATA, ROOT, read_log, run_claim, runs_of
 
 DOCS = ROOT / "docs"
 Name = Annotated[str, tyro.conf.Positional]
@@ -82,7 +82,7 @@ def run(
 def draw(claim, data: Path, docs: Path):
     from experiments.figures import plot_claim
 
-    if (data / f"{claim.name}.runs.csv").exists():
+    if runs_of(claim, data):
         print(plot_claim(claim, data, docs / "figures"))
     else:
         print(f"{claim.name} has no data yet")

@@ -30,7 +30,8 @@ def variant(name: str, command: str) -> str:
 
 
 E100 = "--eval-episodes 100"
-A2C = f"a2c_sync.py {E100} --checkpoint-every 2000000"  # at the end: at each one all environments start anew
+WHOLE = "--checkpoint-every 2000000"  # none before the end: at each one all environments start anew
+A2C = f"a2c_sync.py {E100} {WHOLE}"
 A3C = f"a3c_async.py {E100}"
 OFF = f"off_policy_ac.py {E100} --compile"
 SAC = f"sac.py {E100} --total-timesteps 10000"
@@ -335,12 +336,16 @@ CLAIMS = [
         "Off-policy needs fewer steps; on-policy less computation for each, so that it is done sooner.",
         "D19",
         {
-            "CartPole-v1": {"a2c_sync.py": A2C, "a3c_async.py": A3C, "off_policy_ac.py": f"off_policy_ac.py {E100}"},
+            "CartPole-v1": {
+                "a2c_sync.py": A2C,
+                "a3c_async.py": A3C,
+                "off_policy_ac.py": f"off_policy_ac.py {E100} {WHOLE}",
+            },
             "InvertedPendulum-v5": {
                 "a2c_sync.py": f"{A2C} --env-id InvertedPendulum-v5 --ent-coef 0 {STEPS}",
                 "a3c_async.py": f"{A3C} --env-id InvertedPendulum-v5 --ent-coef 0 {STEPS}",
-                "off_policy_ac.py": f"off_policy_ac.py {E100} --env-id InvertedPendulum-v5",
-                "sac.py": f"sac.py {E100} --env-id InvertedPendulum-v5 --total-timesteps 30000",
+                "off_policy_ac.py": f"off_policy_ac.py {E100} {WHOLE} --env-id InvertedPendulum-v5",
+                "sac.py": f"sac.py {E100} {WHOLE} --env-id InvertedPendulum-v5 --total-timesteps 30000",
             },
         },
         [

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 1))]
 # Below the axes, where it hides nothing, with handles long enough to tell the lines by
-LEGEND = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "handlelength": 4, "frameon": False, "fontsize": 7}
+LEGEND = {"loc": "outside lower center", "handlelength": 4, "frameon": False, "fontsize": 8}
 THOUSANDS = plt.FuncFormatter(lambda value, _: f"{value:,.10g}")
 UNITS = {
     "return": "greedy return, 100 episodes",
@@ -26,7 +26,7 @@ UNITS = {
 }
 
 
-def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False, unit: str = "training return"):
+def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False, log: bool = False):
     """row -> a curve (points, 3) of env_steps, seconds, return for each seed; thin lines, IQM and interval.
 
     Of more than three rows no intervals, of more than five the IQM alone, or nothing could be made out; the values
@@ -43,30 +43,31 @@ def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False,
         axes.plot(grid, iqm(values), color=color, linestyle=style, linewidth=1.8, label=row)
         if len(lines) <= 3:
             axes.fill_between(grid, *interval(values), color=color, alpha=0.15, linewidth=0)
-    axes.set(xlabel="seconds" if seconds else "environment steps", ylabel=unit)
-    axes.xaxis.set_major_locator(plt.MaxNLocator(4))
-    axes.xaxis.set_major_formatter(THOUSANDS)
+    axes.set(xlabel="seconds" if seconds else "environment steps", ylabel="training return")
     axes.grid(alpha=0.3)
-    if lines:
-        axes.legend(ncols=1 if len(lines) < 3 else 2, **LEGEND)
+    scale(axes, log)
 
 
 def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = False):
-    """row -> a value for each seed: a dot each, or an arrow where it is a bound, IQM and interval."""
+    """row -> a value for each seed: a dot each, or an arrow where it is a bound, as then the IQM is; and interval."""
     for i, each in enumerate(values.values()):
-        for value in each:
-            marker = ">" if isinstance(value, AtLeast) else "o"
-            axes.plot(value, i, marker, color="grey", markersize=4, alpha=0.6, markeredgewidth=0)
-        axes.plot(iqm(each), i, "k|", markersize=14, markeredgewidth=2)
+        bounds = [isinstance(value, AtLeast) for value in each]
+        for value, bound in zip(each, bounds):
+            axes.plot(value, i, ">" if bound else "o", color="grey", markersize=4, alpha=0.6, markeredgewidth=0)
+        axes.plot(iqm(each), i, "k>" if any(bounds) else "k|", markersize=9 if any(bounds) else 14, markeredgewidth=2)
         axes.plot(interval(each), [i, i], "k-", linewidth=1)
     axes.set_yticks(range(len(values)), values)
     axes.set(xlabel=unit, ylim=(len(values) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
+    scale(axes, log)
+
+
+def scale(axes, log: bool):
     if log:
         axes.set_xscale("log")
-        return
-    axes.xaxis.set_major_locator(plt.MaxNLocator(4))
-    axes.xaxis.set_major_formatter(THOUSANDS)
+    else:
+        axes.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axes.xaxis.set_major_formatter(THOUSANDS)
 
 
 def plot_claim(claim, data: Path, folder: Path) -> Path:
@@ -75,10 +76,9 @@ def plot_claim(claim, data: Path, folder: Path) -> Path:
     tasks = [task for task in claim.tasks if any(run["task"] == task for run in runs)]
     only_measures = claim.one_row_a_task()
     columns = 1 if only_measures else 2
-    figure, grid = plt.subplots(
-        len(tasks), columns, figsize=(5.2 * columns, 0.6 + 3.2 * len(tasks)), squeeze=False, layout="constrained"
-    )
-    for task, axes in zip(tasks, grid):
+    figure = plt.figure(figsize=(5.2 * columns, 0.4 + 3.3 * len(tasks)), layout="constrained")
+    for task, part in zip(tasks, figure.subfigures(len(tasks), squeeze=False).flat):
+        axes = part.subplots(1, columns, squeeze=False)[0]
         rows = [row for row in claim.tasks[task] if any((run["task"], run["row"]) == (task, row) for run in runs)]
         if only_measures:
             values = {name: sample(runs, task, "", name) for name in claim.measures}
@@ -98,16 +98,19 @@ def plot_claim(claim, data: Path, folder: Path) -> Path:
                             [float(point[column]) for column in ("env_steps", "seconds", "return")]
                         )
                 lines |= {row: [np.array(seed) for seed in seeds.values()]} if seeds else {}  # no episode has ended
-            draw_curves(axes[0], lines, claim.x == "seconds")
+            draw_curves(axes[0], lines, claim.x == "seconds", claim.log and claim.x == "seconds")
+            if lines:
+                part.legend(ncols=4, **LEGEND)
         axes[0].set_title(task, fontsize=10)
     return save(figure, folder / f"claim_{claim.name}.png")
 
 
 def plot_runs(groups: dict[str, list[tuple]], out: Path, seconds: bool = False) -> Path:
     """label -> (training episodes, environment steps) of each run."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     lines = {f"{label} ({len(runs)})": [np.array(curve(*run)) for run in runs] for label, runs in groups.items()}
+    figure, axes = plt.subplots(figsize=(7, 4 + 0.15 * len(lines)), layout="constrained")
     draw_curves(axes, lines, seconds)
+    figure.legend(**LEGEND)
     return save(figure, out)
 
 

@@ -61,7 +61,8 @@ class Expect:
             return sign * (iqm(a, axis) - iqm(b, axis))
 
         low, high = interval(better, worse, statistic=statistic)
-        return float(statistic(np.asarray(better), np.asarray(worse))), float(low), float(high)
+        found = statistic(np.asarray(better), np.asarray(worse)), low, high
+        return tuple(float(each) + 0.0 for each in found)  # + 0.0: not -0
 
     def judge(self, sample, _planned: int) -> tuple[str, str]:
         """What was found, in words, and yes, no, or open: the interval leaves it so, or too few seeds do.

@@ -91,7 +91,7 @@ def called(command: str) -> str:
 
 def shown(claim) -> str:
     """A claim for the command line: sentence, and its commands."""
-    lines = [f"{claim.name:13} {claim.decisions:15} {claim.sentence}"]
+    lines = [f"{claim.name:13} {claim.decisions:16} {claim.sentence}"]
     for task, rows in claim.tasks.items():
         for row, command in rows.items():
             lines += [f"    # {task}, {row}" if row else f"    # {task}", f"    {called(command)}"]

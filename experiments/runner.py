@@ -236,11 +236,15 @@ def text(value: float | None) -> str:
 
 
 def runs_of(claim, data: Path) -> list[dict]:
-    """A claim's runs; without those of an earlier command where a row has some of today's."""
-    runs = read(data / f"{claim.name}.runs.csv")
-    today = [run for run in runs if run["command"] == claim.tasks.get(run["task"], {}).get(run["row"])]
-    renewed = {key(run)[:2] for run in today}
-    return [run for run in runs if run in today or key(run)[:2] not in renewed]
+    """A claim's runs; without those of an earlier command, or of earlier code, where a row has some of today's."""
+    declared = {
+        (task, row): Job(task, row, 0, command) for task, rows in claim.tasks.items() for row, command in rows.items()
+    }
+    runs = [run for run in read(data / f"{claim.name}.runs.csv") if key(run)[:2] in declared]
+    for name, today in (("command", lambda job: job.command), ("code", code_version)):
+        renewed = {key(run)[:2] for run in runs if run[name] == today(declared[key(run)[:2]])}
+        runs = [run for run in runs if key(run)[:2] not in renewed or run[name] == today(declared[key(run)[:2]])]
+    return runs
 
 
 def sample(runs: list[dict], task: str, row: str, measure: str) -> list[float | None]:

@@ -235,6 +235,12 @@ def test_a_row_of_which_one_command_has_some_runs_has_those_alone(tmp_path):
         runner.add(TOY, tmp_path, Job("task", "a", seed, command), MADE)  # none of today's
     runs = runner.runs_of(TOY, tmp_path)
     assert [(run["row"], run["seed"]) for run in runs] == [("a", "100"), ("b", "100"), ("a", "101"), ("a", "102")]
+    # The same of code, and a row or a task that is declared no more has none
+    runner.add(
+        TOY, tmp_path, Job("task", "b", 103, "a2c_sync.py"), MADE | {"code": code_version(Job(*"xy", 0, "a2c_sync.py"))}
+    )
+    assert [run["seed"] for run in runner.runs_of(TOY, tmp_path) if run["row"] == "b"] == ["103"]
+    assert not runner.runs_of(replace(TOY, tasks={"task": {"c": "a2c_sync.py"}, "other": {"a": "x"}}), tmp_path)
 
 
 def test_a_run_that_diverged_is_told_and_counts(tmp_path, monkeypatch):
@@ -251,6 +257,24 @@ def test_a_run_that_diverged_is_told_and_counts(tmp_path, monkeypatch):
     ((_, _, found, answer),) = judged(TOY, read(tmp_path / "toy.runs.csv"))
     assert (found, answer) == ("1 runs diverged", "open")
     assert "| task | a | diverged | diverged | 5, diverged, 5, 5, 5 |" in block(TOY, tmp_path)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_figure_of_what_there_is(tmp_path, log):
+    """A bound, a run that diverged, one in which no episode has ended, a row with one seed, and a task with none."""
+    from experiments.figures import plot_claim
+
+    claim = replace(TOY, tasks=TOY.tasks | {"later": {"a": "x"}}, measures=("steps to 400",), x="seconds", log=log)
+    for row, seed, changed in (
+        ("a", 100, {}),
+        ("a", 101, {"log": {"charts/episodic_return": []}}),
+        ("b", 100, {}),
+    ):
+        runner.add(claim, tmp_path, Job("task", row, seed, claim.tasks["task"][row]), MADE | changed)
+    assert plot_claim(claim, tmp_path, tmp_path).stat().st_size > 5000
+    for seed in range(101, 105):
+        runner.add(claim, tmp_path, Job("task", "b", seed, claim.tasks["task"]["b"]), HOW if seed == 104 else MADE)
+    assert plot_claim(claim, tmp_path, tmp_path).stat().st_size > 5000
 
 
 def test_two_laboratories_at_once_lose_nothing(tmp_path):
@@ -374,13 +398,14 @@ def test_a_stopped_laboratory_leaves_no_run_behind_and_goes_on(tmp_path, how):
     assert all(stopped[name] == whole[name] for name in ("return", "training return"))
 
 
-def test_qs_bias_is_measured_without_the_time_limit_and_the_return_with_it(tmp_path):
+def test_overestimation_is_measured_without_the_time_limit_and_the_return_with_it(tmp_path):
     flags = "--total-timesteps 210 --learning-starts 200 --eval-episodes 2 --run-dir".split()
     words = [sys.executable, "-m", "experiments.variants.sac_overestimation", *flags, str(tmp_path / "run")]
     subprocess.run(words, check=True, capture_output=True, cwd=ROOT, env=environment())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["eval_return_mean"] > -16.3 * 200  # Pendulum-v1 costs at most 16.3 a step
     assert results["overestimation"] == pytest.approx(results["Q"] - results["discounted return"]) != 0
+    assert results["error of Q"] == abs(results["overestimation"])
 
 
 def test_curves_of_run_folders(tmp_path, monkeypatch):
