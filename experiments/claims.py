@@ -50,6 +50,7 @@ EIGHT = {  # eight environments at a time; batches of 64 transitions, but of 8 w
     "a3c_async.py, hogwild": f"a3c_async.py {SLOW} --num-workers 8 --envs-per-worker 1 --actor-lr 5e-3",
 }
 EVEN = {row: command + """ --env-kwargs '{"uneven": false}'""" for row, command in EIGHT.items()}
+HOPPER = "--compile --env-id Hopper-v5 --total-timesteps 50000 --learning-starts 5000"
 VARIANCE = "experiments.variants.gradient_variance"
 PENDULUM = "--env-id Pendulum-v1 --total-timesteps 15000"
 REPLAY_TASKS = {"CartPole-v1": "", "Pendulum-v1": f" {PENDULUM}"}  # flags behind those of OFF
@@ -257,7 +258,12 @@ CLAIMS = [
                 "reparameterized, K = 8": f"{SAC} --num-action-samples 8",
                 "score function, K = 2": f"{SAC} --estimator score --num-action-samples 2",
                 "score function, K = 8": f"{SAC} --estimator score --num-action-samples 8",
-            }
+            },
+            "Hopper-v5": {
+                "reparameterized, K = 1": f"sac.py {E100} {HOPPER}",
+                "score function, K = 2": f"sac.py {E100} {HOPPER} --estimator score --num-action-samples 2",
+                "score function, K = 8": f"sac.py {E100} {HOPPER} --estimator score --num-action-samples 8",
+            },
         },
         [
             Expect("reparameterized, K = 1", "score function, K = 2", "training return"),
@@ -310,7 +316,7 @@ CLAIMS = [
             }
             for task, steps in {
                 "Pendulum-v1": "--total-timesteps 10000",
-                "Hopper-v5": "--compile --env-id Hopper-v5 --total-timesteps 50000 --learning-starts 5000",
+                "Hopper-v5": HOPPER,
             }.items()
         },
         [
@@ -327,7 +333,7 @@ CLAIMS = [
         "D18",
         {
             "Pendulum-v1": tweaks(f"{E100} --total-timesteps 10000"),
-            "Hopper-v5": tweaks(f"{E100} --compile --env-id Hopper-v5 --total-timesteps 50000 --learning-starts 5000"),
+            "Hopper-v5": tweaks(f"{E100} {HOPPER}"),
         },
         [Expect("all of SAC", row, "training return") for row in list(tweaks(""))[1:]],
     ),
