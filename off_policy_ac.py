@@ -26,7 +26,7 @@ python -m experiments run beyond):
     the target network (6), --tau                       422             -578
     256 units a layer; 64 instead                       259             -150
 
-    python off_policy_ac.py                                 CartPole-v1: greedy return 268 to 500, in 2 to 5 minutes
+    python off_policy_ac.py                                 CartPole-v1: greedy return 500, in 2 to 5 minutes
     python off_policy_ac.py --env-id Pendulum-v1 --total-timesteps 15000
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and

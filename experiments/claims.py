@@ -405,7 +405,7 @@ CLAIMS = [
 
 # Results at full length, on seeds that nothing was tuned on; what has been reached elsewhere is the aim
 
-LUNAR2 = LUNAR.replace("1000000", "2000000") + " --critic-lr 4e-3"
+LUNAR2 = LUNAR.replace(f" {WHOLE}", "").replace("1000000", "2000000") + " --critic-lr 4e-3"  # checkpoints as by default
 FULL = f"sac.py {E100} --compile --total-timesteps 1000000 --learning-starts 10000 --critic-lr 3e-4"
 CLASSIC = {
     "CartPole-v1": "",
@@ -437,7 +437,7 @@ CLAIMS += [
     result(
         "classic",
         "The classic tasks: a2c_sync.py",
-        {task: {"a2c_sync.py": f"{A2C} {flags}".strip()} for task, flags in CLASSIC.items()},
+        {task: {"a2c_sync.py": f"a2c_sync.py {E100} {flags}".strip()} for task, flags in CLASSIC.items()},
         AIMS,
         seeds=10,
     ),
