@@ -57,7 +57,7 @@ def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = Fal
         axes.plot(iqm(each), i, "k>" if any(bounds) else "k|", markersize=9 if any(bounds) else 14, markeredgewidth=2)
         axes.plot(interval(each), [i, i], "k-", linewidth=1)
     axes.set_yticks(range(len(values)), values)
-    axes.set(xlabel=unit, ylim=(len(values) - 0.5, -0.5))
+    axes.set(xlabel=unit, ylim=((len(values) or 1) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
     scale(axes, log)
 
