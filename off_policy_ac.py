@@ -17,14 +17,14 @@ The lecture's mistakes and alternatives, a flag each: --critic v fits V to the a
 --actor-actions buffer takes those for the policy's own (D9b); --actor-actions importance weighs them by (4) instead
 (D12); --baseline none is plain Q, b = 0 (D13).
 
-Beyond the lecture it has four things, here with the greedy return without each (interquartile mean of seeds 100-104,
-python -m experiments run beyond):
+Beyond the lecture it has three things, and 256 units a layer. Here with the greedy return without each (interquartile
+mean of seeds 100-104, python -m experiments run beyond):
                                                         CartPole-v1     Pendulum-v1
-    with all                                            493             -153
-    the baseline (3); without it still K = 8            391             -1,296
-    the entropy bonus in (5)                            488             -151
-    the target network (6), --tau                       422             -578
-    256 units a layer; 64 instead                       259             -150
+    with all                                            500             -150
+    the baseline (3); without it still K = 8            249             -1,439
+    the entropy bonus in (5)                            472             -153
+    the target network (6), --tau                       250             -1,026
+    64 units a layer, with which it learns later        500             -152
 
     python off_policy_ac.py                                 CartPole-v1: greedy return 500, in 2 to 5 minutes
     python off_policy_ac.py --env-id Pendulum-v1 --total-timesteps 15000
