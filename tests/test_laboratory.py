@@ -251,8 +251,9 @@ def test_a_run_that_diverged_is_told_and_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "circumstances", lambda: HOW["circumstances"])
     made = run(job, tmp_path)
     assert "results" not in made
+    whole = MADE | {"code": made["code"]}
     for seed in range(100, 105):
-        runner.add(TOY, tmp_path, Job("task", "a", seed, "a2c_sync.py --gamma 0.9"), made if seed == 101 else MADE)
+        runner.add(TOY, tmp_path, Job("task", "a", seed, "a2c_sync.py --gamma 0.9"), made if seed == 101 else whole)
         runner.add(TOY, tmp_path, Job("task", "b", seed, "a2c_sync.py"), MADE)
     ((_, _, found, answer),) = judged(TOY, read(tmp_path / "toy.runs.csv"))
     assert (found, answer) == ("1 runs diverged", "open")
