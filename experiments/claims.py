@@ -36,10 +36,11 @@ A2C = f"{PLAIN} {WHOLE}"
 A3C = f"a3c_async.py {E100}"
 OFF = f"off_policy_ac.py {E100} --compile"
 SAC = f"sac.py {E100} --total-timesteps 10000"
-LUNAR = (
-    f"{A2C} --env-id LunarLander-v3 --gamma 0.999 --ent-coef 0.003 --actor-lr 2e-3 --normalize-obs --max-grad-norm 0.5 "
-    "--reward-scale 0.05 --total-timesteps 1000000"
+LANDER = (
+    "--env-id LunarLander-v3 --gamma 0.999 --ent-coef 0.003 --actor-lr 2e-3 --normalize-obs --max-grad-norm 0.5 "
+    "--reward-scale 0.05 --total-timesteps"
 )
+LUNAR = f"{A2C} {LANDER} 1000000"
 SHARED = {f"shared, c = {c}": f"--network shared --value-coef {c}" for c in (0.05, 0.25, 0.5, 2)}
 TRUNK = "trunk_actor_grad", "trunk_critic_grad", "trunk_grad_cosine"
 STEPS = "--total-timesteps 200000"
@@ -52,7 +53,7 @@ EIGHT = {  # eight environments at a time; batches of 64 transitions, but of 8 w
 }
 EVEN = {row: command + """ --env-kwargs '{"uneven": false}'""" for row, command in EIGHT.items()}
 HOPPER = "--compile --env-id Hopper-v5 --total-timesteps 50000 --learning-starts 5000"
-VARIANCE = "experiments.variants.gradient_variance"
+VARIANCE = variant("gradient_variance", "")
 PENDULUM = "--env-id Pendulum-v1 --total-timesteps 15000"
 REPLAY_TASKS = {"CartPole-v1": "", "Pendulum-v1": f" {PENDULUM}"}  # flags behind those of OFF
 NAIVE = {
@@ -307,7 +308,7 @@ CLAIMS = [
         "D17",
         {
             task: {
-                row: variant("sac_overestimation", f"sac.py {E100} {steps} {flags}".strip())
+                row: variant("sac_overestimation", f"sac.py {E100} {steps} {flags}")
                 for row, flags in {
                     "two critics, target network": "",
                     "one critic": "--num-critics 1",
@@ -406,7 +407,7 @@ CLAIMS = [
 
 # Results at full length, on seeds that nothing was tuned on; what has been reached elsewhere is the aim
 
-LUNAR2 = LUNAR.replace(f" {WHOLE}", "").replace("1000000", "2000000") + " --critic-lr 4e-3"  # checkpoints as by default
+LUNAR2 = f"{PLAIN} {LANDER} 2000000 --critic-lr 4e-3"
 FULL = f"sac.py {E100} --compile --total-timesteps 1000000 --learning-starts 10000 --critic-lr 3e-4"
 CLASSIC = {
     "CartPole-v1": "",

@@ -237,9 +237,7 @@ def text(value: float | None) -> str:
 
 def runs_of(claim, data: Path) -> list[dict]:
     """A claim's runs; without those of an earlier command, or of earlier code, where a row has some of today's."""
-    declared = {
-        (task, row): Job(task, row, 0, command) for task, rows in claim.tasks.items() for row, command in rows.items()
-    }
+    declared = {job.key[:2]: job for job in jobs_of(claim, 1)}
     runs = [run for run in read(data / f"{claim.name}.runs.csv") if key(run)[:2] in declared]
     for name, today in (("command", lambda job: job.command), ("code", code_version)):
         renewed = {key(run)[:2] for run in runs if run[name] == today(declared[key(run)[:2]])}
