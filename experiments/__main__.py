@@ -55,7 +55,7 @@ def run(
     Args:
         claim: name of a claim, or all, or claims, or results
         task: only the tasks whose name begins so
-        seeds: as many, from 100 on; by default what the claim says
+        seeds: as many, from 100 on; by default what the claim says, or one with --quick
         jobs: runs at a time, one thread each; claims about time take one
         quick: a short run of everything, which says nothing; data, figures and page go to the folder of the runs
         fresh: make all runs again, those too that the data has

@@ -73,7 +73,7 @@ class Expect:
         if not (better and worse):
             return "not measured", "open"
         if None in better + worse:
-            return f"{(better + worse).count(None)} runs diverged", "open"
+            return diverged(better + worse), "open"
         middle, low, high = self.difference(better, worse)
         answer = "yes" if low > -self.margin else "no" if high <= -self.margin else "open"
         # What was not reached may take any longer: for the better row that can only speak against it
@@ -112,9 +112,14 @@ class Reach:
             answer = "yes" if reached >= self.seeds else "no" if failed > planned - self.seeds else "open"
             return f"{reached} of {len(values)} seeds", answer
         if None in values:
-            return f"{values.count(None)} runs diverged", "no"
+            return diverged(values), "no"
         mean = float(iqm(values))
         return number(mean), "open" if len(values) < planned else "yes" if mean >= self.at_least else "no"
+
+
+def diverged(values: list) -> str:
+    count = values.count(None)
+    return f"{count} run{'s' * (count > 1)} diverged"
 
 
 def number(value: float) -> str:
@@ -126,6 +131,6 @@ def with_interval(middle: float, low: float, high: float) -> str:
 
 
 def verdict(answers: list[str]) -> str:
-    if all(answer == "yes" for answer in answers):
+    if answers and all(answer == "yes" for answer in answers):
         return "holds"
     return "holds in part" if "yes" in answers else "does not hold here" if "no" in answers else "open"

@@ -300,7 +300,7 @@ def run_claim(
     claim, task: str, seeds: int | None, at_a_time: int, quick: bool, fresh: bool, out: Path, data: Path
 ) -> int:
     """Runs what the data lacks, or all if `fresh`; returns how many runs failed."""
-    jobs = [job for job in jobs_of(claim, 1 if quick else seeds or claim.seeds) if job.task.startswith(task)]
+    jobs = [job for job in jobs_of(claim, seeds or (1 if quick else claim.seeds)) if job.task.startswith(task)]
     if quick:
         for job in jobs:
             job.command += " " + QUICK[script_of(job)]

@@ -106,12 +106,12 @@ def test_an_aim_is_reached_by_the_mean_or_by_enough_seeds():
     assert found("a", planned=6) == ("493", "open") and found("b") == ("not measured", "open")
     assert found("a", seeds=4) == ("4 of 5 seeds", "yes") and found("a", seeds=5) == ("4 of 5 seeds", "no")
     assert found("a", seeds=9, planned=10)[1] == "open" and found("a", seeds=10, planned=10)[1] == "no"
-    assert found("diverged") == ("1 runs diverged", "no") and found("diverged", seeds=4)[1] == "yes"
+    assert found("diverged") == ("1 run diverged", "no") and found("diverged", seeds=4)[1] == "yes"
 
 
 def test_a_verdict():
     assert verdict(["yes", "yes"]) == "holds" and verdict(["yes", "open"]) == verdict(["no", "yes"]) == "holds in part"
-    assert verdict(["open", "no"]) == "does not hold here" and verdict(["open", "open"]) == "open"
+    assert verdict(["open", "no"]) == "does not hold here" and verdict(["open", "open"]) == verdict([]) == "open"
 
 
 # --- Measures ---------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_a_run_that_diverged_is_told_and_counts(tmp_path, monkeypatch):
         runner.add(TOY, tmp_path, Job("task", "a", seed, "a2c_sync.py --gamma 0.9"), made if seed == 101 else whole)
         runner.add(TOY, tmp_path, Job("task", "b", seed, "a2c_sync.py"), MADE)
     ((_, _, found, answer),) = judged(TOY, read(tmp_path / "toy.runs.csv"))
-    assert (found, answer) == ("1 runs diverged", "open")
+    assert (found, answer) == ("1 run diverged", "open")
     assert "| task | a | diverged | diverged | 5, diverged, 5, 5, 5 |" in block(TOY, tmp_path)
 
 
