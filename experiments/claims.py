@@ -328,6 +328,7 @@ CLAIMS = [
             Expect("two critics, target network", "neither"),
         ],
         measures=("overestimation", "error of Q", "return", "Q", "discounted return"),
+        log=True,
     ),
     Claim(
         "sac",

@@ -63,7 +63,11 @@ def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = Fal
 
 
 def scale(axes, log: bool):
-    if log:
+    if log and axes.dataLim.xmin <= 0:
+        axes.set_xscale("symlog", linthresh=10)
+        axes.xaxis.get_major_locator().set_params(numticks=7)
+        axes.margins(x=0.05)  # anew, for this scale
+    elif log:
         axes.set_xscale("log")
     else:
         axes.xaxis.set_major_locator(plt.MaxNLocator(4))

@@ -279,6 +279,17 @@ def test_a_figure_of_what_there_is(tmp_path, log):
     assert plot_claim(claim, tmp_path, tmp_path).stat().st_size > 5000
 
 
+@pytest.mark.parametrize("lowest, scale", [(-100.0, "symlog"), (0.0, "symlog"), (1e-3, "log")])
+def test_a_log_axis_shows_what_is_not_positive(lowest, scale):
+    from experiments import figures
+
+    figure, axes = figures.plt.subplots()
+    figures.draw_values(axes, {"a": [lowest, 1e4]}, "x", log=True)
+    low, high = axes.get_xlim()
+    figures.plt.close(figure)
+    assert axes.get_xscale() == scale and low < lowest and high > 1e4
+
+
 def test_two_laboratories_at_once_lose_nothing(tmp_path):
     claim = replace(TOY, tasks={"x": {"a": "x"}, "y": {"a": "y"}}, seeds=20)
 
