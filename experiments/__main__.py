@@ -12,9 +12,10 @@ import tyro
 
 from common.flags import UserError, read_args
 from experiments.claims import CLAIMS
+from experiments.judge import counted
 from experiments.report import report as write_report
 from experiments.report import shown
-from experiments.runner import DATA, ROOT, read_log, run_claim, runs_of
+from experiments.runner import DATA, ROOT, read_log, run_claim
 
 DOCS = ROOT / "docs"
 Name = Annotated[str, tyro.conf.Positional]
@@ -76,16 +77,13 @@ def run(
     )
     print(f"data in {data}, pages in {docs}")
     if failed:
-        sys.exit(f"{failed} runs failed.")
+        sys.exit(f"{counted(failed, 'run')} failed.")
 
 
 def draw(claim, data: Path, docs: Path):
     from experiments.figures import plot_claim
 
-    if runs_of(claim, data):
-        print(plot_claim(claim, data, docs / "figures"))
-    else:
-        print(f"{claim.name} has no data yet")
+    print(plot_claim(claim, data, docs / "figures") or f"{claim.name} has no data yet")
 
 
 def plot(claim: Name = "all"):

@@ -74,10 +74,12 @@ def scale(axes, log: bool):
         axes.xaxis.set_major_formatter(THOUSANDS)
 
 
-def plot_claim(claim, data: Path, folder: Path) -> Path:
-    """For every task its curves, and beside them the claim's first measure."""
+def plot_claim(claim, data: Path, folder: Path) -> Path | None:
+    """For every task its curves, and beside them the claim's first measure; None if there is no data."""
     runs, points = runs_of(claim, data), read(data / f"{claim.name}.curves.csv")
     tasks = [task for task in claim.tasks if any(run["task"] == task for run in runs)]
+    if not tasks:
+        return None
     only_measures = claim.one_row_a_task()
     columns = 1 if only_measures else 2
     figure = plt.figure(figsize=(5.2 * columns, 0.4 + 3.3 * len(tasks)), layout="constrained")

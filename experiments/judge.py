@@ -73,7 +73,7 @@ class Expect:
         if not (better and worse):
             return "not measured", "open"
         if None in better + worse:
-            return diverged(better + worse), "open"
+            return f"{counted((better + worse).count(None), 'run')} diverged", "open"
         middle, low, high = self.difference(better, worse)
         answer = "yes" if low > -self.margin else "no" if high <= -self.margin else "open"
         # What was not reached may take any longer: for the better row that can only speak against it
@@ -112,14 +112,13 @@ class Reach:
             answer = "yes" if reached >= self.seeds else "no" if failed > planned - self.seeds else "open"
             return f"{reached} of {len(values)} seeds", answer
         if None in values:
-            return diverged(values), "no"
+            return f"{counted(values.count(None), 'run')} diverged", "no"
         mean = float(iqm(values))
         return number(mean), "open" if len(values) < planned else "yes" if mean >= self.at_least else "no"
 
 
-def diverged(values: list) -> str:
-    count = values.count(None)
-    return f"{count} run{'s' * (count > 1)} diverged"
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def number(value: float) -> str:

@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from experiments.judge import SEEDS, AtLeast, interval, iqm, number, verdict, with_interval
+from experiments.judge import SEEDS, AtLeast, counted, interval, iqm, number, verdict, with_interval
 from experiments.runner import DIVERGED, FIRST_SEED, jobs_of, key, runs_of, sample
 
 
@@ -13,7 +13,7 @@ def cell(values: list[float]) -> str:
     if not values or None in values:
         return DIVERGED if values else ""
     least = "≥ " if any(isinstance(value, AtLeast) for value in values) else ""
-    few = f" ({len(values)} seed{'s' * (len(values) > 1)})" if len(values) < SEEDS else ""
+    few = f" ({counted(len(values), 'seed')})" if len(values) < SEEDS else ""
     return least + with_interval(float(iqm(values)), *map(float, interval(values))) + few
 
 

@@ -23,7 +23,7 @@ from statistics import mean
 from filelock import FileLock
 
 from common.flags import ROOT
-from experiments.judge import AtLeast
+from experiments.judge import AtLeast, counted
 
 DATA = ROOT / "experiments" / "data"
 FIRST_SEED = 100  # flags are chosen on seeds below it
@@ -307,7 +307,7 @@ def run_claim(
     whole = [row for row in read(data / f"{claim.name}.runs.csv") if not fresh and row.keys() >= set(claim.measures)]
     known = {key(row): (row["command"], row["code"]) for row in whole}
     todo = [job for job in jobs if known.get(job.key) != (job.command, code_version(job))]
-    print(f"{claim.name}: {len(todo)} runs to make, {len(jobs) - len(todo)} made before", flush=True)
+    print(f"{claim.name}: {counted(len(todo), 'run')} to make, {len(jobs) - len(todo)} made before", flush=True)
     start, done, failed, stopped = time.perf_counter(), 0, 0, False
 
     def make(job: Job):
