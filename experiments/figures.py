@@ -1,5 +1,6 @@
 """Pictures of claims and of run folders, readable in black and white. Needs the extra: pip install -e ".[plot]" """
 
+import hashlib
 from pathlib import Path
 
 import matplotlib
@@ -45,7 +46,7 @@ def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False,
             axes.fill_between(grid, *interval(values), color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="seconds" if seconds else "environment steps", ylabel="training return")
     axes.grid(alpha=0.3)
-    scale(axes, log)
+    scale(axes, "log" if log else "linear")
 
 
 def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = False):
@@ -59,19 +60,19 @@ def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = Fal
     axes.set_yticks(range(len(values)), values)
     axes.set(xlabel=unit, ylim=((len(values) or 1) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
-    scale(axes, log)
+    scale(axes, "linear" if not log else "log" if axes.dataLim.xmin > 0 else "symlog")
 
 
-def scale(axes, log: bool):
-    if log and axes.dataLim.xmin <= 0:
+def scale(axes, name: str):
+    if name == "linear":
+        axes.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axes.xaxis.set_major_formatter(THOUSANDS)
+    elif name == "log":
+        axes.set_xscale("log")
+    else:
         axes.set_xscale("symlog", linthresh=10)
         axes.xaxis.get_major_locator().set_params(numticks=7)
         axes.margins(x=0.05)  # anew, for this scale
-    elif log:
-        axes.set_xscale("log")
-    else:
-        axes.xaxis.set_major_locator(plt.MaxNLocator(4))
-        axes.xaxis.set_major_formatter(THOUSANDS)
 
 
 def plot_claim(claim, data: Path, folder: Path) -> Path | None:
@@ -108,7 +109,13 @@ def plot_claim(claim, data: Path, folder: Path) -> Path | None:
             if lines:
                 part.legend(ncols=4, **LEGEND)
         axes[0].set_title(task, fontsize=10)
-    return save(figure, folder / f"claim_{claim.name}.png")
+    return save(figure, folder / f"claim_{claim.name}.png", Description=digest(claim, data))
+
+
+def digest(claim, data: Path) -> str:
+    """Of the data that a figure shows; it is kept in the picture, so that one of older data can be told."""
+    files = [data / f"{claim.name}.{kind}.csv" for kind in ("runs", "curves")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def plot_runs(groups: dict[str, list[tuple]], out: Path, seconds: bool = False) -> Path:
@@ -120,8 +127,8 @@ def plot_runs(groups: dict[str, list[tuple]], out: Path, seconds: bool = False) 
     return save(figure, out)
 
 
-def save(figure, path: Path) -> Path:
+def save(figure, path: Path, **metadata) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+    figure.savefig(path, dpi=90, metadata={"Software": None} | metadata)
     plt.close(figure)
     return path

@@ -18,6 +18,7 @@ import pytest
 import tyro
 from conftest import ROOT, environment
 from helpers import wait_for
+from PIL import Image
 
 from common.flags import check_ranges
 from experiments import runner
@@ -290,6 +291,16 @@ def test_a_log_axis_shows_what_is_not_positive(lowest, scale):
     assert axes.get_xscale() == scale and low < lowest and high > 1e4
 
 
+def test_a_log_axis_of_seconds_leaves_out_the_beginning():
+    from experiments import figures
+
+    figure, axes = figures.plt.subplots()
+    figures.draw_curves(axes, {"a": [np.array([[10, 0.0, 1], [20, 0.1, 2], [30, 50.0, 3]])]}, seconds=True, log=True)
+    low, high = axes.get_xlim()
+    figures.plt.close(figure)
+    assert axes.get_xscale() == "log" and 0 < low < 0.5 and high > 50
+
+
 def test_two_laboratories_at_once_lose_nothing(tmp_path):
     claim = replace(TOY, tasks={"x": {"a": "x"}, "y": {"a": "y"}}, seeds=20)
 
@@ -485,6 +496,15 @@ def test_the_page_is_made_of_the_data_in_the_repository(tmp_path):
         for row in read(DATA / f"{claim.name}.runs.csv"):
             assert int(row["seed"]) >= runner.FIRST_SEED
             assert claim.tasks[row["task"]][row["row"]] == row["command"], f"{claim.name}: made by another command"
+
+
+def test_the_figures_are_of_the_data_in_the_repository():
+    from experiments.figures import digest
+
+    for claim in CLAIMS:
+        if (DATA / f"{claim.name}.runs.csv").exists():
+            with Image.open(ROOT / "docs" / "figures" / f"claim_{claim.name}.png") as figure:
+                assert figure.text["Description"] == digest(claim, DATA), f"python -m experiments plot {claim.name}"
 
 
 def test_a_claims_block_has_the_numbers(tmp_path):
