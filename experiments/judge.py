@@ -32,7 +32,7 @@ def interval(*samples, statistic=iqm, at_least=SEEDS) -> tuple:
 
 @dataclass(frozen=True)
 class Expect:
-    """Row `better` has more of a measure than row `worse` (less, if `lower`); with a margin: at most so much less."""
+    """A measure is higher with row `better` than with `worse` (`lower`: lower); with a margin: or worse by no more."""
 
     better: str
     worse: str
@@ -43,12 +43,12 @@ class Expect:
     task: str | None = None  # by default every task that has both rows
 
     def __str__(self) -> str:
-        less = "fewer" if self.measure.startswith(("steps", "seconds")) else "less"
-        words = less if self.lower else "more"
-        words = f"not {self.margin:g} {'more' if self.lower else less}" if self.margin else words
+        words = "lower" if self.lower else "higher"
         if self.than:
             return f"{self.measure}: {words} than {self.than}"
-        return f"{self.better}: {words} {self.measure} than {self.worse}"
+        if self.margin:
+            words = f"at most {self.margin:g} {'higher' if self.lower else 'lower'}"
+        return f"{self.better}: {self.measure} {words} than with {self.worse}"
 
     def rows(self) -> set[str]:
         return {self.better, self.worse}
