@@ -28,7 +28,7 @@ from experiments.judge import AtLeast, counted
 DATA = ROOT / "experiments" / "data"
 FIRST_SEED = 100  # flags are chosen on seeds below it
 QUICK = {  # flags that make a run of each script a matter of seconds
-    "a2c_sync": "--total-timesteps 4000 --eval-episodes 2",
+    "a2c_sync": "--total-timesteps 4000 --eval-episodes 2 --no-compile",
     "a3c_async": "--total-timesteps 4000 --eval-episodes 2",
     "off_policy_ac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --no-compile",
     "sac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --no-compile",
