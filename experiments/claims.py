@@ -128,13 +128,13 @@ CLAIMS = [
         "D3, D5",
         {
             "CartPole-v1": {
-                "1 transition (D3)": f"{PLAIN} {STEPS} --num-envs 1 --num-steps 1 --actor-lr 3e-4 --critic-lr 1e-3",
-                "1 environment, 8 steps": f"{PLAIN} {STEPS} --num-envs 1 --actor-lr 1e-3",
-                "4 environments": f"{PLAIN} {STEPS} --num-envs 4 --actor-lr 5e-3",
-                "8 environments": f"{PLAIN} {STEPS} --num-envs 8 --actor-lr 5e-3",
-                "32 environments": f"{PLAIN} {STEPS} --num-envs 32",
-                "128 environments": f"{PLAIN} {STEPS} --num-envs 128",
-                "32 environments, 5 times the steps": f"{PLAIN} --total-timesteps 1000000 --num-envs 32",
+                "1 transition (D3)": f"{A2C} {STEPS} --num-envs 1 --num-steps 1 --actor-lr 3e-4 --critic-lr 1e-3",
+                "1 environment, 8 steps": f"{A2C} {STEPS} --num-envs 1 --actor-lr 1e-3",
+                "4 environments": f"{A2C} {STEPS} --num-envs 4 --actor-lr 5e-3",
+                "8 environments": f"{A2C} {STEPS} --num-envs 8 --actor-lr 5e-3",
+                "32 environments": f"{A2C} {STEPS} --num-envs 32",
+                "128 environments": f"{A2C} {STEPS} --num-envs 128",
+                "32 environments, 5 times the steps": f"{A2C} --total-timesteps 1000000 --num-envs 32",
             }
         },
         [
@@ -359,15 +359,15 @@ CLAIMS = [
         "D19",
         {
             "CartPole-v1": {
-                "a2c_sync.py": PLAIN,
+                "a2c_sync.py": A2C,
                 "a3c_async.py": A3C,
-                "off_policy_ac.py": f"off_policy_ac.py {E100}",
+                "off_policy_ac.py": f"off_policy_ac.py {E100} {WHOLE}",
             },
             "InvertedPendulum-v5": {
-                "a2c_sync.py": f"{PLAIN} --env-id InvertedPendulum-v5 --ent-coef 0 {STEPS}",
+                "a2c_sync.py": f"{A2C} --env-id InvertedPendulum-v5 --ent-coef 0 {STEPS}",
                 "a3c_async.py": f"{A3C} --env-id InvertedPendulum-v5 --ent-coef 0 {STEPS}",
-                "off_policy_ac.py": f"off_policy_ac.py {E100} --env-id InvertedPendulum-v5",
-                "sac.py": f"sac.py {E100} --env-id InvertedPendulum-v5 --total-timesteps 30000",
+                "off_policy_ac.py": f"off_policy_ac.py {E100} {WHOLE} --env-id InvertedPendulum-v5",
+                "sac.py": f"sac.py {E100} {WHOLE} --env-id InvertedPendulum-v5 --total-timesteps 30000",
             },
         },
         [
