@@ -104,8 +104,12 @@ CLAIMS = [
             "ALE/Pong-v5": {"separate": f"{A2C} {PONG} 2000000"}
             | {row: f"{A2C} {PONG} 2000000 {SHARED[row]}" for row in ("shared, c = 0.05", "shared, c = 0.5")}
         },
-        [Expect("shared, c = 0.5", "separate", measure) for measure in ("training return", "return")],
-        measures=("training return", "worst stretch", "return", "seconds", *TRUNK),
+        [
+            Expect("separate", "shared, c = 0.5", "worst stretch"),
+            Expect("shared, c = 0.5", "separate", "training return"),
+            Expect("shared, c = 0.5", "shared, c = 0.05", "training return"),
+        ],
+        measures=("training return", "worst stretch", "return", *TRUNK),
         seeds=1,
     ),
     Claim(

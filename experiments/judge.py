@@ -44,10 +44,10 @@ class Expect:
 
     def __str__(self) -> str:
         words = "lower" if self.lower else "higher"
-        if self.than:
-            return f"{self.measure}: {words} than {self.than}"
         if self.margin:
             words = f"at most {self.margin:g} {'higher' if self.lower else 'lower'}"
+        if self.than:
+            return f"{self.measure}: {words} than {self.than}"
         return f"{self.better}: {self.measure} {words} than with {self.worse}"
 
     def rows(self) -> set[str]:
