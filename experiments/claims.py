@@ -448,7 +448,9 @@ CLAIMS += [
         "LunarLander: a2c_sync.py with scaled rewards",
         {
             "LunarLander-v3": {"a2c_sync.py": LUNAR2},
-            "LunarLanderContinuous-v3": {"a2c_sync.py": LUNAR2.replace("Lander-v3", "LanderContinuous-v3")},
+            "LunarLanderContinuous-v3": {
+                "a2c_sync.py": LUNAR2.replace("Lander-v3", "LanderContinuous-v3").replace("0.003", "0.01")
+            },
         },
         {"LunarLander-v3": 200, "LunarLanderContinuous-v3": 200},
         seeds=10,
@@ -480,6 +482,24 @@ CLAIMS += [
         {"Pendulum-v1": -200, "InvertedPendulum-v5": 950, "Acrobot-v1": -100},
         Reach("off_policy_ac.py", 475, seeds=19, task="CartPole-v1"),
         seeds=20,
+    ),
+    result(
+        "replay-lunar",
+        "off_policy_ac.py on LunarLander",
+        {"LunarLander-v3": {"off_policy_ac.py": f"{OFF} --env-id LunarLander-v3 --total-timesteps 150000"}},
+        {},
+        Reach("off_policy_ac.py", 150, seeds=3),
+    ),
+    result(
+        "replay-cheetah",
+        "off_policy_ac.py on HalfCheetah",
+        {
+            "HalfCheetah-v5": {
+                "off_policy_ac.py": f"{OFF} --env-id HalfCheetah-v5 --num-action-samples 10 --total-timesteps 200000"
+            }
+        },
+        {"HalfCheetah-v5": 4000},
+        seeds=3,
     ),
     result(
         "pong",
