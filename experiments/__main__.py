@@ -1,6 +1,6 @@
 """The lecture's claims, each run, plotted and judged:  python -m experiments {list,run,plot,report,curves}
 
-Needs the extra: pip install -e ".[plot,mujoco,box2d]"
+Needs the extras: pip install -e ".[plot,mujoco,box2d,atari]"; and bench for soft-sb3.
 """
 
 import signal

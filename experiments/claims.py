@@ -436,8 +436,8 @@ CLASSIC = {
 AIMS = {"CartPole-v1": 475, "Acrobot-v1": -100, "InvertedPendulum-v5": 950, "MountainCarContinuous-v0": 90}
 
 
-def result(name: str, sentence: str, tasks: dict[str, dict[str, str]], aims: dict[str, float], *more: Reach, **options):
-    """A claim about returns alone; `aims`: task -> what its rows should reach."""
+def result(name: str, sentence: str, tasks: dict[str, dict[str, str]], aims: dict[str, float], *more, **options):
+    """A claim about returns alone; `aims`: task -> what its rows should reach; what else is expected."""
     aims = [Reach(row, aim, task=task) for task, aim in aims.items() for row in tasks[task]]
     return Claim(name, sentence, "results", tasks, [*aims, *more], **options, page="results.md")
 
@@ -514,5 +514,18 @@ CLAIMS += [
         {f"{name}-v5": {"sac.py": f"{FULL} --env-id {name}-v5"} for name in ("HalfCheetah", "Hopper", "Walker2d")},
         {"HalfCheetah-v5": 10000, "Hopper-v5": 3000, "Walker2d-v5": 4000},
         seeds=3,
+    ),
+    result(
+        "soft-sb3",
+        "sac.py beside Stable-Baselines3: a million steps",
+        {
+            "HalfCheetah-v5": {
+                "sac.py": f"{FULL} --env-id HalfCheetah-v5",
+                "Stable-Baselines3": f"experiments/sb3_sac.py {E100} --total-timesteps 1000000",
+            }
+        },
+        {},
+        Expect("sac.py", "Stable-Baselines3", margin=1000),
+        seeds=1,
     ),
 ]

@@ -32,6 +32,7 @@ QUICK = {  # flags that make a run of each script a matter of seconds
     "a3c_async": "--total-timesteps 4000 --eval-episodes 2",
     "off_policy_ac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --no-compile",
     "sac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --no-compile",
+    "sb3_sac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2",
 }
 ANEW = {"a2c_lag", "a3c_accumulate"}  # variants with a state that is in no checkpoint: never resumed
 running = set()  # processes
@@ -108,9 +109,9 @@ def code_version(job: Job) -> str:
 
 
 def script_of(job: Job) -> str:
-    """Which of the four scripts a command trains with."""
+    """Which script a command trains with."""
     named = [word for word in job.words()[0] if word in QUICK]
-    return (named + [path.stem for path in sources(job.source()) if path.parent == ROOT and path.stem in QUICK])[0]
+    return (named + [path.stem for path in sources(job.source()) if path.stem in QUICK])[0]
 
 
 def run(job: Job, out: Path, fresh: bool = False, timed: bool = False) -> dict:

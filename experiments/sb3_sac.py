@@ -1,4 +1,4 @@
-"""Stable-Baselines3's SAC with the settings of sac.py; writes a run folder that runs.py and plot.py can read.
+"""Stable-Baselines3's SAC with the settings of sac.py, as the laboratory runs it; writes a run folder like ours.
 
 pip install -e ".[bench,mujoco]"
 python experiments/sb3_sac.py --env-id Hopper-v5 --total-timesteps 100000 --run-dir runs/sb3
@@ -6,17 +6,24 @@ python experiments/sb3_sac.py --env-id Hopper-v5 --total-timesteps 100000 --run-
 
 import csv
 import json
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
+
+import tyro  # noqa: E402
+
+from common.checkpoint import env_seed  # noqa: E402
 
 
 @dataclass
 class Options:
-    run_dir: str
+    run_dir: str = ""
     """folder to write, which must not exist"""
+    resume: str = ""
+    """folder of a run to go on with from its last checkpoint, with its flags; not exactly, as SB3 cannot"""
     env_id: str = "HalfCheetah-v5"
     """environment"""
     seed: int = 1
@@ -25,8 +32,10 @@ class Options:
     """environment steps"""
     learning_starts: int = 10_000
     """environment steps before the first update"""
-    num_threads: int = 1
-    """CPU threads of torch"""
+    checkpoint_every: int = 100_000
+    """environment steps between checkpoints"""
+    eval_episodes: int = 20
+    """episodes of the greedy evaluation, from the starts that our scripts are evaluated on"""
 
 
 def main(options: Options):
@@ -34,35 +43,51 @@ def main(options: Options):
     import torch
     from stable_baselines3 import SAC
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.monitor import Monitor
 
-    torch.set_num_threads(options.num_threads)
+    torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # changes its speed, not its returns
-    folder = Path(options.run_dir)
-    folder.mkdir(parents=True)
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        metrics, start = csv.writer(file), time.perf_counter()
-        metrics.writerow(["env_steps", "seconds", "tag", "value"])
+    folder, rows, before = Path(options.resume or options.run_dir), [], 0.0
+    checkpoint, buffer, metrics = (folder / name for name in ("checkpoint.pt", "buffer.pkl", "metrics.csv"))
+    if options.resume:
+        options = Options(**json.loads((folder / "args.json").read_text()))
+        model = SAC.load(checkpoint, Monitor(gym.make(options.env_id)), device="cpu")
+        model.load_replay_buffer(buffer)
+        rows = [row for row in csv.reader(metrics.open()) if row[0].isdigit() and int(row[0]) <= model.num_timesteps]
+        before = float(rows[-1][1])
+    else:
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps(asdict(options), indent=2))
+        # Its defaults are those of sac.py: batches of 256, learning rates of 3e-4, τ = 0.005, two layers of 256
+        model = SAC(
+            "MlpPolicy", Monitor(gym.make(options.env_id)), seed=options.seed, learning_starts=options.learning_starts,
+            device="cpu",
+        )  # fmt: skip
+    with metrics.open("w", newline="") as file:
+        log, start = csv.writer(file), time.perf_counter() - before
+        log.writerows([["env_steps", "seconds", "tag", "value"], *rows])
 
         class Log(BaseCallback):
             def _on_step(self):
                 for info in self.locals["infos"]:
                     if "episode" in info:
                         seconds = f"{time.perf_counter() - start:.3f}"
-                        metrics.writerow([self.num_timesteps, seconds, "charts/episodic_return", info["episode"]["r"]])
+                        log.writerow([self.num_timesteps, seconds, "charts/episodic_return", info["episode"]["r"]])
+                if self.num_timesteps % options.checkpoint_every == 0:
+                    file.flush()
+                    model.save_replay_buffer(buffer)
+                    model.save(checkpoint)
                 return True
 
-        # Its defaults are those of sac.py: batches of 256, learning rates of 3e-4, τ = 0.005, two layers of 256
-        model = SAC(
-            "MlpPolicy", Monitor(gym.make(options.env_id)), seed=options.seed, learning_starts=options.learning_starts,
-            device="cpu",
-        )  # fmt: skip
-        model.learn(options.total_timesteps, callback=Log())
+        model.learn(options.total_timesteps - model.num_timesteps, callback=Log(), reset_num_timesteps=False)
         seconds = time.perf_counter() - start
-    test = Monitor(gym.make(options.env_id))
-    test.reset(seed=options.seed + 1_000_000)
-    returns, _ = evaluate_policy(model, test, n_eval_episodes=20, deterministic=True, return_episode_rewards=True)
+    test, returns = Monitor(gym.make(options.env_id)), []
+    for i in range(options.eval_episodes):
+        (obs, _), ended = test.reset(seed=env_seed(0, 2**62, i)), False
+        while not ended:
+            obs, _, terminated, truncated, info = test.step(model.predict(obs, deterministic=True)[0])
+            ended = terminated or truncated
+        returns.append(float(info["episode"]["r"]))
     results = {
         "env_steps": options.total_timesteps,
         "seconds": seconds,
