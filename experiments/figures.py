@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 
 from experiments.judge import AtLeast, interval, iqm
-from experiments.runner import curve, read, runs_of, sample
+from experiments.runner import curve, key, read, runs_of, sample
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -43,7 +43,7 @@ def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False,
             axes.plot(each[:, column], each[:, 2], color=color, linewidth=0.4, alpha=0.5)
         axes.plot(grid, iqm(values), color=color, linestyle=style, linewidth=1.8, label=row)
         if len(lines) <= 3:
-            axes.fill_between(grid, *interval(values), color=color, alpha=0.15, linewidth=0)
+            axes.fill_between(grid, *interval(values, n_resamples=2000), color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="seconds" if seconds else "environment steps", ylabel="training return")
     axes.grid(alpha=0.3)
     scale(axes, "log" if log else "linear")
@@ -77,7 +77,9 @@ def scale(axes, name: str):
 
 def plot_claim(claim, data: Path, folder: Path) -> Path | None:
     """For every task its curves, and beside them the claim's first measure; None if there is no data."""
-    runs, points = runs_of(claim, data), read(data / f"{claim.name}.curves.csv")
+    runs = runs_of(claim, data)
+    keys = set(map(key, runs))
+    points = [point for point in read(data / f"{claim.name}.curves.csv") if key(point) in keys]
     tasks = [task for task in claim.tasks if any(run["task"] == task for run in runs)]
     if not tasks:
         return None

@@ -17,8 +17,8 @@ def iqm(values, axis=-1):
     return trim_mean(values, 0.25, axis=axis)
 
 
-def interval(*samples, statistic=iqm, at_least=SEEDS) -> tuple:
-    """95 % percentile bootstrap interval over seeds, of each task by itself; samples (..., seeds).
+def interval(*samples, statistic=iqm, at_least=SEEDS, **options) -> tuple:
+    """95 % percentile bootstrap interval over seeds, of each task by itself; samples (..., seeds); scipy's options.
 
     Resampled seeds lie among those measured, so the interval does not leave the possible range. Not a number with
     fewer seeds than `at_least`.
@@ -26,7 +26,8 @@ def interval(*samples, statistic=iqm, at_least=SEEDS) -> tuple:
     samples = [np.asarray(sample, float) for sample in samples]
     if min(sample.shape[-1] for sample in samples) < at_least:
         return (np.full(samples[0].shape[:-1], np.nan),) * 2
-    found = bootstrap(samples, statistic, axis=-1, n_resamples=2000, method="percentile", rng=0)
+    options = {"n_resamples": 20_000, "method": "percentile", "rng": 0} | options
+    found = bootstrap(samples, statistic, axis=-1, **options)
     return found.confidence_interval.low, found.confidence_interval.high
 
 
@@ -60,7 +61,7 @@ class Expect:
         def statistic(a, b, axis=-1):
             return sign * (iqm(a, axis) - iqm(b, axis))
 
-        low, high = interval(better, worse, statistic=statistic)
+        low, high = interval(better, worse, statistic=statistic, paired=self.better == self.worse)  # the same runs
         found = statistic(np.asarray(better), np.asarray(worse)), low, high
         return tuple(float(each) + 0.0 for each in found)  # + 0.0: not -0
 

@@ -39,6 +39,7 @@ running = set()  # processes
 RUN = ["task", "row", "seed", "command", "code", "commit", "versions", "processor", "date", "seconds of run"]
 POINT = ["task", "row", "seed", "env_steps", "seconds", "return"]
 DIVERGED = "diverged"  # in place of seconds: the run ended in numbers that are not finite
+MISSING = "missing"  # in place of a measure that was declared after the run
 
 
 @dataclass
@@ -218,7 +219,7 @@ def read(path: Path) -> list[dict]:
 def write(path: Path, names: list[str], rows: list[dict]):
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     with open(unfinished, "w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n", extrasaction="ignore")
+        writer = csv.DictWriter(file, names, restval=MISSING, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     unfinished.replace(path)
@@ -250,7 +251,7 @@ def sample(runs: list[dict], task: str, row: str, measure: str) -> list[float | 
     """The measure of each seed of a row: AtLeast where a run did not get there, None where it diverged."""
     mine = [run for run in runs if (run["task"], run["row"]) == (task, row)]
     texts = [DIVERGED if run["seconds of run"] == DIVERGED else run.get(measure) for run in mine]
-    return [number_in(text) for text in texts if text]
+    return [number_in(text) for text in texts if text not in (None, "", MISSING)]
 
 
 def add(claim, data: Path, job: Job, made: dict):
@@ -259,7 +260,7 @@ def add(claim, data: Path, job: Job, made: dict):
     results, log = made.get("results"), made.get("log")
     row, points = dict(zip(RUN, [*job.key, job.command, made["code"], *made["circumstances"]])), []
     if results is None:
-        row["seconds of run"] = DIVERGED
+        row |= {"seconds of run": DIVERGED} | dict.fromkeys(claim.measures, "")
     else:
         row["seconds of run"] = f"{results['seconds']:.1f}"
         row |= {name: text(measured(name, results, log)) for name in claim.measures}
@@ -305,7 +306,8 @@ def run_claim(
     if quick:
         for job in jobs:
             job.command += " " + QUICK[script_of(job)]
-    whole = [row for row in read(data / f"{claim.name}.runs.csv") if not fresh and row.keys() >= set(claim.measures)]
+    rows = read(data / f"{claim.name}.runs.csv")
+    whole = [row for row in rows if not fresh and MISSING not in [row.get(name, MISSING) for name in claim.measures]]
     known = {key(row): (row["command"], row["code"]) for row in whole}
     todo = [job for job in jobs if known.get(job.key) != (job.command, code_version(job))]
     print(f"{claim.name}: {counted(len(todo), 'run')} to make, {len(jobs) - len(todo)} made before", flush=True)
