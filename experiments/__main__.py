@@ -5,12 +5,16 @@ Needs the extras: pip install -e ".[plot,mujoco,box2d,atari]"; and bench for sof
 
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from common.flags import UserError, read_args
+
+if missing := [name for name in ("scipy", "filelock", "matplotlib") if find_spec(name) is None]:
+    sys.exit(f'error: {" and ".join(missing)} missing; pip install -e ".[plot]"')
 from experiments.claims import CLAIMS
 from experiments.judge import counted
 from experiments.report import report as write_report
@@ -113,6 +117,10 @@ def curves(
     """
     from experiments.figures import plot_runs
 
+    if not run_dirs:
+        sys.exit("Name at least one run folder.")
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        sys.exit(f"--out {str(out)!r} must end in .png, .pdf or .svg.")
     groups, saved = {}, {folder: read_args(folder) for folder in run_dirs}
     for folder, flags in saved.items():
         alike = [
@@ -128,7 +136,7 @@ def curves(
             label = " ".join([f"{flags['script']}.py {flags['env_id']}", *differing])
             groups.setdefault(label, []).append((episodes, episodes[-1][0]))
     if not groups:
-        sys.exit("No episode has ended in these runs.")
+        sys.exit("No episode has ended in these runs, or their metrics.csv is empty.")
     print(plot_runs(groups, out, seconds))
 
 

@@ -12,7 +12,7 @@ from experiments.runner import curve, key, read, runs_of, sample
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 1))]
+LINES, MARKERS = ["-", "--", "-.", ":"], "os^vDP<>"
 # Below the axes, where it hides nothing, with handles long enough to tell the lines by
 LEGEND = {"loc": "outside lower center", "handlelength": 4, "frameon": False, "fontsize": 8}
 THOUSANDS = plt.FuncFormatter(lambda value, _: f"{value:,.10g}")
@@ -27,37 +27,45 @@ UNITS = {
 }
 
 
-def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False, log: bool = False):
+def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False):
     """row -> a curve (points, 3) of env_steps, seconds, return for each seed; thin lines, IQM and interval.
 
-    Of more than three rows no intervals, of more than five the IQM alone, or nothing could be made out; the values
-    beside them have every seed.
+    Of more than three rows the IQM alone, or nothing could be made out; the values beside them have every seed. The
+    axis is logarithmic if some rows are much longer than others.
     """
     column = 1 if seconds else 0
+    ends = [each[-1, column] for seeds in lines.values() for each in seeds]
     for i, (row, seeds) in enumerate(lines.items()):
         grid = np.linspace(0, min(each[-1, column] for each in seeds), 101)[1:]
         grid = grid[grid >= max(each[0, column] for each in seeds)]  # where every seed has finished an episode
         values = np.stack([np.interp(grid, each[:, column], each[:, 2]) for each in seeds], 1)
         color, style = f"C{i % 10}", LINES[i % len(LINES)]
-        for each in seeds if len(lines) <= 5 else []:
+        few = len(lines) <= 3
+        for each in seeds if few else []:
             axes.plot(each[:, column], each[:, 2], color=color, linewidth=0.4, alpha=0.5)
-        axes.plot(grid, iqm(values), color=color, linestyle=style, linewidth=1.8, label=row)
-        if len(lines) <= 3:
+        marks = {} if few else {"marker": MARKERS[i % len(MARKERS)], "markevery": (3 * i, 25), "markersize": 4}
+        axes.plot(grid, iqm(values), color=color, linestyle=style, linewidth=1.8, label=row, **marks)
+        if few:
             axes.fill_between(grid, *interval(values, n_resamples=2000), color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="seconds" if seconds else "environment steps", ylabel="training return")
     axes.grid(alpha=0.3)
-    scale(axes, "log" if log else "linear")
+    scale(axes, "log" if ends and max(ends) > 5 * min(ends) else "linear")
+    if axes.get_xscale() == "log":
+        axes.set_xlim(left=min(ends) / 100)
 
 
 def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = False):
     """row -> a value for each seed: a dot each, or an arrow where it is a bound, as then the IQM is; and interval."""
     for i, each in enumerate(values.values()):
         bounds = [isinstance(value, AtLeast) for value in each]
-        for value, bound in zip(each, bounds):
-            axes.plot(value, i, ">" if bound else "o", color="grey", markersize=4, alpha=0.6, markeredgewidth=0)
+        for value, bound, beside in zip(each, bounds, np.linspace(-0.25, 0.25, len(each) + 2)[1:-1]):
+            axes.plot(
+                value, i + beside, ">" if bound else "o", color="grey", markersize=4, alpha=0.6, markeredgewidth=0
+            )
         axes.plot(iqm(each), i, "k>" if any(bounds) else "k|", markersize=9 if any(bounds) else 14, markeredgewidth=2)
         axes.plot(interval(each), [i, i], "k-", linewidth=1)
-    axes.set_yticks(range(len(values)), values)
+    reached = {row: not all(isinstance(value, AtLeast) for value in each) for row, each in values.items()}
+    axes.set_yticks(range(len(values)), [row if reached[row] else f"{row} (not reached)" for row in values])
     axes.set(xlabel=unit, ylim=((len(values) or 1) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
     scale(axes, "linear" if not log else "log" if axes.dataLim.xmin > 0 else "symlog")
@@ -107,7 +115,7 @@ def plot_claim(claim, data: Path, folder: Path) -> Path | None:
                             [float(point[column]) for column in ("env_steps", "seconds", "return")]
                         )
                 lines |= {row: [np.array(seed) for seed in seeds.values()]} if seeds else {}  # no episode has ended
-            draw_curves(axes[0], lines, claim.x == "seconds", claim.log and claim.x == "seconds")
+            draw_curves(axes[0], lines, claim.x == "seconds")
             if lines:
                 part.legend(ncols=4, **LEGEND)
         axes[0].set_title(task, fontsize=10)

@@ -61,7 +61,7 @@ def block(claim, data: Path) -> str:
     whole = {job.key for job in jobs_of(claim, claim.seeds)}
     there = len(whole & {key(run) for run in runs})
     partial = f" So far {there} of {len(whole)} runs have been made." if there < len(whole) else ""
-    lines += ["", f"Seeds {FIRST_SEED} to {max(seeds)}, {minutes:.0f} minutes of training.{partial}"]
+    lines += ["", f"Seeds {FIRST_SEED} to {max(seeds)}, {counted(round(minutes), 'minute')} of training.{partial}"]
     lines += ["", "<details><summary>Commands and machines</summary>", ""]
     lines += [f"    {called(run['command'])} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
     lines += ["", *(f"    {'; '.join(tasks)}: {', '.join(each)}" for each, tasks in sorted(made.items()))]
@@ -91,7 +91,7 @@ def called(command: str) -> str:
 
 def shown(claim) -> str:
     """A claim for the command line: sentence, and its commands."""
-    lines = [f"{claim.name:13} {claim.decisions:16} {claim.sentence}"]
+    lines = [f"{claim.name:14} {claim.decisions:16} {claim.sentence}"]
     for task, rows in claim.tasks.items():
         for row, command in rows.items():
             lines += [f"    # {task}, {row}" if row else f"    # {task}", f"    {called(command)}"]

@@ -310,7 +310,8 @@ def run_claim(
     whole = [row for row in rows if not fresh and MISSING not in [row.get(name, MISSING) for name in claim.measures]]
     known = {key(row): (row["command"], row["code"]) for row in whole}
     todo = [job for job in jobs if known.get(job.key) != (job.command, code_version(job))]
-    print(f"{claim.name}: {counted(len(todo), 'run')} to make, {len(jobs) - len(todo)} made before", flush=True)
+    hint = "" if todo else "; --fresh makes all anew, --quick tries it"
+    print(f"{claim.name}: {counted(len(todo), 'run')} to make, {len(jobs) - len(todo)} made before{hint}", flush=True)
     start, done, failed, stopped = time.perf_counter(), 0, 0, False
 
     def make(job: Job):
@@ -318,7 +319,7 @@ def run_claim(
         try:
             made = run(job, out, fresh, claim.timed)
             add(claim, data, job, made)
-            words = f"return {made['results']['eval_return_mean']}" if "results" in made else DIVERGED
+            words = f"return {made['results']['eval_return_mean']:.6g}" if "results" in made else DIVERGED
         except Exception as error:  # whatever it is: shown, and the others go on
             if stopped:
                 return
@@ -326,7 +327,8 @@ def run_claim(
             words = f"FAILED: {error}"
         done += 1
         left = (time.perf_counter() - start) / done * (len(todo) - done) / 60
-        print(f"  {done}/{len(todo)}  {job.task}, {job.row}, seed {job.seed}: {words}; {left:.0f} min left", flush=True)
+        name = ", ".join(filter(None, [job.task, job.row, f"seed {job.seed}"]))
+        print(f"  {done}/{len(todo)}  {name}: {words}; {left:.0f} min left", flush=True)
 
     with ThreadPoolExecutor(1 if claim.timed else at_a_time) as pool:
         try:

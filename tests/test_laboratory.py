@@ -98,6 +98,13 @@ def test_an_expectation_is_judged_by_the_interval_of_the_difference(better, wors
     assert judged == answer and "nan" not in found
 
 
+def test_two_measures_of_the_same_runs_are_compared_run_by_run():
+    """Each run's second measure is 1 below its first, which differ by much more from run to run."""
+    samples = {("a", "x"): LOW, ("a", "y"): [value - 1 for value in LOW], ("b", "y"): [value - 1 for value in LOW]}
+    assert Expect("a", "a", "x", than="y").judge(lambda *of: samples[of], 5) == ("1 [1, 1]", "yes")
+    assert Expect("a", "b", "x", than="y").judge(lambda *of: samples[of], 5)[1] == "open"
+
+
 def test_an_aim_is_reached_by_the_mean_or_by_enough_seeds():
     def found(row, planned=5, **options):
         return Reach(row, **{"at_least": 475} | options).judge(lambda row, _: samples[row], planned)
@@ -223,14 +230,22 @@ def test_only_what_is_missing_is_run_and_a_failure_stops_nothing(tmp_path, monke
     assert {row["row"] for row in read(tmp_path / "toy.curves.csv")} == {"a"}
     monkeypatch.setattr(runner, "code_version", lambda job: "new code")
     assert again(other) == 0 and len(made) == 3
-    # So is one of which something new is asked; what is asked no more is left out
-    assert again(replace(other, measures=("return", "seconds"))) == 0 and len(made) == 3
+    # So is one of which something new is asked, after an interruption, too; what is asked no more is left out
+    asked = replace(other, measures=("return", "seconds"))
+    broken.update({("a", 101), ("a", 102)})
+    assert again(asked) == 2 and len(made) == 3
+    assert runner.sample(read(tmp_path / "toy.runs.csv"), "task", "a", "seconds") == [1.0]
+    broken.clear()
+    assert again(asked) == 0 and [each[1] for each in made] == [101, 102]
+    assert again(asked) == 0 and made == []
     assert again(replace(other, measures=("return",))) == 0 and made == []
     assert again(replace(other, measures=("return",)), fresh=True) == 0 and len(made) == 3
     assert "seconds" not in read(tmp_path / "toy.runs.csv")[0]
 
 
-def test_a_row_of_which_one_command_has_some_runs_has_those_alone(tmp_path):
+def test_a_row_of_which_one_command_has_some_runs_has_those_alone(tmp_path, monkeypatch):
+    from experiments import figures
+
     for seed, command in ((100, "a2c_sync.py"), (101, "a2c_sync.py --gamma 0.8"), (102, "a2c_sync.py --gamma 0.8")):
         runner.add(TOY, tmp_path, Job("task", "b", seed, command), MADE)
         runner.add(TOY, tmp_path, Job("task", "a", seed, command), MADE)  # none of today's
@@ -242,6 +257,11 @@ def test_a_row_of_which_one_command_has_some_runs_has_those_alone(tmp_path):
     )
     assert [run["seed"] for run in runner.runs_of(TOY, tmp_path) if run["row"] == "b"] == ["103"]
     assert not runner.runs_of(replace(TOY, tasks={"task": {"c": "a2c_sync.py"}, "other": {"a": "x"}}), tmp_path)
+    # Nor does the figure show the others
+    drawn, draw_curves = [], figures.draw_curves
+    monkeypatch.setattr(figures, "draw_curves", lambda *of: [drawn.append(of[1]), draw_curves(*of)])
+    figures.plot_claim(TOY, tmp_path, tmp_path)
+    assert {row: len(seeds) for row, seeds in drawn[0].items()} == {"a": 3, "b": 1}
 
 
 def test_a_run_that_diverged_is_told_and_counts(tmp_path, monkeypatch):
@@ -444,6 +464,11 @@ def test_curves_of_run_folders(tmp_path, monkeypatch):
         (tmp_path / name / "args.json").write_text(json.dumps(flags))
     with pytest.raises(SystemExit, match="No episode has ended"):  # nor is there a metrics.csv
         cli()
+    for wrong, message in ((words[:2], "at least one"), ([*words[:3], "--out", str(tmp_path)], "must end in .png")):
+        monkeypatch.setattr("sys.argv", wrong)
+        with pytest.raises(SystemExit, match=message):
+            cli()
+    monkeypatch.setattr("sys.argv", words)
     for name in "abc":
         text = "env_steps,seconds,tag,value\n50,0.5,charts/episodic_return,4.0\n90,0.9,charts/epi"
         (tmp_path / name / "metrics.csv").write_text(text)
@@ -528,6 +553,12 @@ def test_a_claims_block_has_the_numbers(tmp_path):
 
 
 VARIANTS = sorted(path.stem for path in (ROOT / "experiments" / "variants").glob("*.py"))
+
+
+def test_a_package_that_is_missing_is_named():
+    hide = "import sys; sys.modules['scipy'] = sys.modules['filelock'] = None; import experiments.__main__"
+    done = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "scipy" in done.stderr
 
 
 def test_every_variant_is_in_a_claim_and_short():
