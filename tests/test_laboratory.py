@@ -311,14 +311,18 @@ def test_a_log_axis_shows_what_is_not_positive(lowest, scale):
     assert axes.get_xscale() == scale and low < lowest and high > 1e4
 
 
-def test_a_log_axis_of_seconds_leaves_out_the_beginning():
+def test_curves_of_which_one_is_much_longer_have_a_log_axis():
+    """Which leaves out the beginning, where seconds are 0."""
     from experiments import figures
 
-    figure, axes = figures.plt.subplots()
-    figures.draw_curves(axes, {"a": [np.array([[10, 0.0, 1], [20, 0.1, 2], [30, 50.0, 3]])]}, seconds=True, log=True)
-    low, high = axes.get_xlim()
-    figures.plt.close(figure)
-    assert axes.get_xscale() == "log" and 0 < low < 0.5 and high > 50
+    lines = {row: [np.array([[10, 0.0, 1], [20, end / 2, 2], [30, end, 3]])] for row, end in (("a", 1.0), ("b", 50.0))}
+    for rows, scale in (("a", "linear"), ("ab", "log")):
+        figure, axes = figures.plt.subplots()
+        figures.draw_curves(axes, {row: lines[row] for row in rows}, seconds=True)
+        low, high = axes.get_xlim()
+        figures.plt.close(figure)
+        assert axes.get_xscale() == scale
+    assert low == 0.01 and high > 50
 
 
 def test_two_laboratories_at_once_lose_nothing(tmp_path):
