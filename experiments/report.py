@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from experiments.judge import SEEDS, AtLeast, counted, interval, iqm, number, verdict, with_interval
-from experiments.runner import DIVERGED, FIRST_SEED, jobs_of, key, runs_of, sample
+from experiments.runner import DIVERGED, FIRST_SEED, code_version, jobs_of, key, runs_of, sample
 
 
 def cell(values: list[float]) -> str:
@@ -36,8 +36,10 @@ def in_rows(table: list) -> list[str]:
 def block(claim, data: Path) -> str:
     """A claim's generated part of the page."""
     runs = runs_of(claim, data)
+    jobs = {job.key: job for job in jobs_of(claim, claim.seeds)}
     if not runs:
-        return "Not measured yet."
+        commands = (f"    {called(job.command)} --seed {FIRST_SEED}" for job in jobs_of(claim, 1))
+        return "\n".join(["Not measured yet.", "", *commands])
     lines, answers = [f"![{claim.name}](figures/claim_{claim.name}.png)", ""], judged(claim, runs)
     if claim.one_row_a_task():
         table = [["", *claim.tasks]]
@@ -58,10 +60,12 @@ def block(claim, data: Path) -> str:
     made = {}  # circumstances -> tasks
     for run in runs:
         made.setdefault((run["processor"], run["versions"], run["commit"], run["date"]), {})[run["task"]] = None
-    whole = {job.key for job in jobs_of(claim, claim.seeds)}
-    there = len(whole & {key(run) for run in runs})
-    partial = f" So far {there} of {len(whole)} runs have been made." if there < len(whole) else ""
-    lines += ["", f"Seeds {FIRST_SEED} to {max(seeds)}, {counted(round(minutes), 'minute')} of training.{partial}"]
+    there = len(jobs.keys() & {key(run) for run in runs})
+    notes = [f" So far {there} of {len(jobs)} runs have been made."] * (there < len(jobs))
+    old = sum(key(run) in jobs and run["code"] != code_version(jobs[key(run)]) for run in runs)
+    notes += [f" {counted(old, 'run')} by earlier code."] * (old > 0)
+    notes = "".join(notes)
+    lines += ["", f"Seeds {FIRST_SEED} to {max(seeds)}, {counted(round(minutes), 'minute')} of training.{notes}"]
     lines += ["", "<details><summary>Commands and machines</summary>", ""]
     lines += [f"    {called(run['command'])} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
     lines += ["", *(f"    {'; '.join(tasks)}: {', '.join(each)}" for each, tasks in sorted(made.items()))]

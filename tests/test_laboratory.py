@@ -536,6 +536,9 @@ def test_the_figures_are_of_the_data_in_the_repository():
 
 
 def test_a_claims_block_has_the_numbers(tmp_path):
+    assert block(TOY, tmp_path).endswith(
+        "    python a2c_sync.py --gamma 0.9 --seed 100\n    python a2c_sync.py --seed 100"
+    )
     rows = [("a", seed, value) for seed, value in enumerate(HIGH, 100)] + [("b", s, v) for s, v in enumerate(LOW, 100)]
     names = runner.RUN + ["return", "training return"]
     data = [
@@ -548,7 +551,7 @@ def test_a_claims_block_has_the_numbers(tmp_path):
     text = block(TOY, tmp_path)
     assert "**Verdict: holds** (1 yes, 0 no, 0 open)." in text
     assert re.search(r"\| task \| a \| 12 \[1\d[.\d]*, 1\d[.\d]*\] \| 1 \[1, 1\] \| 10, 11, 12, 13, 14 \|", text)
-    assert "Seeds 100 to 104" in text
+    assert "Seeds 100 to 104" in text and "6 runs by earlier code." in text  # of those that are declared
     runner.write(tmp_path / "toy.runs.csv", names, data[:3])
     assert "| task | a | 11 (3 seeds) | 1 (3 seeds) | 10, 11, 12 |" in block(TOY, tmp_path)
     measures = Claim("toy", "", "", {"one": {"": "x"}, "two": {"": "x"}}, [], ("return", "training return"))
