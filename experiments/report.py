@@ -65,7 +65,8 @@ def block(claim, data: Path) -> str:
     old = sum(key(run) in jobs and run["code"] != code_version(jobs[key(run)]) for run in runs)
     notes += [f" {counted(old, 'run')} by earlier code."] * (old > 0)
     notes = "".join(notes)
-    lines += ["", f"Seeds {FIRST_SEED} to {max(seeds)}, {counted(round(minutes), 'minute')} of training.{notes}"]
+    which = f"Seeds {FIRST_SEED} to {max(seeds)}" if len(seeds) > 1 else f"Seed {FIRST_SEED}"
+    lines += ["", f"{which}, {counted(round(minutes), 'minute')} of training.{notes}"]
     lines += ["", "<details><summary>Commands and machines</summary>", ""]
     lines += [f"    {called(run['command'])} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
     lines += ["", *(f"    {'; '.join(tasks)}: {', '.join(each)}" for each, tasks in sorted(made.items()))]
