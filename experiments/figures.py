@@ -56,7 +56,8 @@ def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False)
 
 def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = False):
     """row -> a value for each seed: a dot each, or an arrow where it is a bound, as then the IQM is; and interval."""
-    for i, each in enumerate(values.values()):
+    labels = []
+    for i, (row, each) in enumerate(values.items()):
         bounds = [isinstance(value, AtLeast) for value in each]
         for value, bound, beside in zip(each, bounds, np.linspace(-0.25, 0.25, len(each) + 2)[1:-1]):
             axes.plot(
@@ -64,8 +65,8 @@ def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = Fal
             )
         axes.plot(iqm(each), i, "k>" if any(bounds) else "k|", markersize=9 if any(bounds) else 14, markeredgewidth=2)
         axes.plot(interval(each), [i, i], "k-", linewidth=1)
-    reached = {row: not all(isinstance(value, AtLeast) for value in each) for row, each in values.items()}
-    axes.set_yticks(range(len(values)), [row if reached[row] else f"{row} (not reached)" for row in values])
+        labels.append(f"{row} (not reached)" if all(bounds) else row)
+    axes.set_yticks(range(len(values)), labels)
     axes.set(xlabel=unit, ylim=((len(values) or 1) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
     scale(axes, "linear" if not log else "log" if axes.dataLim.xmin > 0 else "symlog")

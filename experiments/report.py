@@ -61,12 +61,14 @@ def block(claim, data: Path) -> str:
     for run in runs:
         made.setdefault((run["processor"], run["versions"], run["commit"], run["date"]), {})[run["task"]] = None
     there = len(jobs.keys() & {key(run) for run in runs})
-    notes = [f" So far {there} of {len(jobs)} runs have been made."] * (there < len(jobs))
     old = sum(key(run) in jobs and run["code"] != code_version(jobs[key(run)]) for run in runs)
-    notes += [f" {counted(old, 'run')} by earlier code."] * (old > 0)
-    notes = "".join(notes)
     which = f"Seeds {FIRST_SEED} to {max(seeds)}" if len(seeds) > 1 else f"Seed {FIRST_SEED}"
-    lines += ["", f"{which}, {counted(round(minutes), 'minute')} of training.{notes}"]
+    notes = [f"{which}, {counted(round(minutes), 'minute')} of training."]
+    if there < len(jobs):
+        notes.append(f"So far {there} of {len(jobs)} runs have been made.")
+    if old:
+        notes.append(f"{counted(old, 'run')} by earlier code.")
+    lines += ["", " ".join(notes)]
     lines += ["", "<details><summary>Commands and machines</summary>", ""]
     lines += [f"    {called(run['command'])} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
     lines += ["", *(f"    {'; '.join(tasks)}: {', '.join(each)}" for each, tasks in sorted(made.items()))]

@@ -45,6 +45,8 @@ def main(options: Options):
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.monitor import Monitor
 
+    if not (options.run_dir or options.resume):
+        sys.exit("Give --run-dir or --resume.")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # changes its speed, not its returns
     folder, rows, before = Path(options.resume or options.run_dir), [], 0.0
@@ -75,8 +77,10 @@ def main(options: Options):
                         log.writerow([self.num_timesteps, seconds, "charts/episodic_return", info["episode"]["r"]])
                 if self.num_timesteps % options.checkpoint_every == 0:
                     file.flush()
-                    model.save_replay_buffer(buffer)
-                    model.save(checkpoint)
+                    for save, path in ((model.save_replay_buffer, buffer), (model.save, checkpoint)):
+                        unfinished = path.with_name(f"unfinished{path.suffix}")  # a kill leaves the one before
+                        save(unfinished)
+                        unfinished.replace(path)
                 return True
 
         model.learn(options.total_timesteps - model.num_timesteps, callback=Log(), reset_num_timesteps=False)
