@@ -241,7 +241,7 @@ def pixels(options: Options):
     for more in ("", " --compile", " --matmul-precision medium", " --compile --matmul-precision medium"):
         for n in (1, os.cpu_count()):
             words = f"{flags} --num-threads {n}{more}"
-            rows[f"{n} threads{more}"] = lambda words=words: long("a2c_sync.py", words, 40, after=4_000)
+            rows[f"{n} threads{more}"] = lambda words=words: long("a2c_sync.py", words, 75, after=4_000)
     compare("a2c_sync.py, Pong from pixels, 8 environments x 16 steps, steps/s", rows, options.rounds)
 
 
