@@ -567,7 +567,7 @@ def test_what_is_not_finite_is_not_stored(workdir):
 
 
 def value_of_constant(env_id, **flags):
-    flags = {"gamma": 0.9, "ent_coef": 0.0, "total_timesteps": 450, "tau": 0.2, "critic_lr": 5e-3} | flags
+    flags = {"gamma": 0.9, "ent_coef": 0.0, "total_timesteps": 600, "tau": 0.2, "critic_lr": 5e-3} | flags
     run(env_id=env_id, buffer_size=10_000, **flags)
     agent, args, _, _ = load_agent("run")
     obs = torch.as_tensor(make_envs(args, 1).reset(seed=0)[0])
