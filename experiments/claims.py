@@ -466,6 +466,18 @@ CLAIMS += [
         seeds=10,
     ),
     result(
+        "bipedal",
+        "BipedalWalker: a2c_sync.py",
+        {
+            "BipedalWalker-v3": {
+                "a2c_sync.py": f"{PLAIN} --env-id BipedalWalker-v3 --ent-coef 0 --actor-lr 2e-3 --critic-lr 4e-3 "
+                "--normalize-obs --max-grad-norm 0.5 --reward-scale 0.1 --total-timesteps 2000000"
+            }
+        },
+        {"BipedalWalker-v3": 300},
+        seeds=10,
+    ),
+    result(
         "classic",
         "The classic tasks: a2c_sync.py",
         {task: {"a2c_sync.py": f"{PLAIN} {flags}".strip()} for task, flags in CLASSIC.items()},
