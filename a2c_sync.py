@@ -66,7 +66,7 @@ class Args(RunArgs):
     max_grad_norm: Positive | None = None
     """gradients of a network are scaled down to this norm; 0.5 is usual, but makes V forget what is rare (docs)"""
     normalize_obs: bool = False
-    """scale each element of a vector observation by its running mean and variance"""
+    """shift and scale each element of a vector observation by its running mean and variance"""
     reward_scale: Positive = 1.0
     """factor of the rewards that are learned from; where returns are in the hundreds, V learns faster with less"""
     compile: bool = False

@@ -464,7 +464,7 @@ class Lags:
         return True
 
     def metrics(self) -> dict:
-        """Since the last call."""
+        """Lags since the last call, and how many transitions were dropped so far."""
         recent, self.recent = self.recent, Counter()
         found = {"lag/mean": mean(recent), "lag/max": max(recent)} if recent else {}
         return found | {"lag/dropped": self.dropped}

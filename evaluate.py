@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import tyro
 
 from common.checkpoint import load_checkpoint
 from common.envs import make_envs
 from common.evaluate import evaluate
 from common.flags import ROOT, Count, RunArgs, UserError, check_ranges, read_args, saved_args
+from common.precision import choose_precision, set_precision
 
 
 @dataclass
@@ -99,8 +101,11 @@ def main():
     try:
         check_ranges(options)
         agent, args, env_state, env_steps = load_agent(options.run_dir)
-        longest = load_checkpoint(options.run_dir, type(args).__module__)["logger"]["longest"]
-        max_steps = options.max_steps or max(30_000, 10 * longest)
+        content = load_checkpoint(options.run_dir, type(args).__module__)
+        max_steps = options.max_steps or max(30_000, 10 * content["logger"]["longest"])
+        torch.set_num_threads(args.num_threads)  # like the precision as in the evaluation after training
+        precision = choose_precision(args.matmul_precision, agent, torch.device("cpu"), content["matmul_precision"])
+        set_precision(precision, "bf16" if args.matmul_precision == "medium" else "none")
         if options.video:
             try:
                 write_video(agent, args, env_state, Path(options.run_dir), options.seed, max_steps)

@@ -17,8 +17,8 @@ The lecture's mistakes and alternatives, a flag each: --critic v fits V to the a
 --actor-actions buffer takes those for the policy's own (D9b); --actor-actions importance weighs them by (4) instead
 (D12); --baseline none is plain Q, b = 0 (D13).
 
-Beyond the lecture it has three things, and 256 units a layer. Here with the greedy return without each (interquartile
-mean of seeds 100-104, python -m experiments run beyond):
+The states in (5) are still those of older policies (D15). Beyond D8-D15 the file has three things, and 256 units a
+layer. Here with the greedy return without each (interquartile mean of seeds 100-104, python -m experiments run beyond):
                                                         CartPole-v1     Pendulum-v1
     with all                                            500             -150
     the baseline (3); without it still K = 8            249             -1,439
@@ -63,7 +63,7 @@ class Args(RunArgs):
     buffer_size: Count = 1_000_000
     """transitions that the replay buffer holds"""
     learning_starts: Annotated[int, "[0, inf)"] = 1_000
-    """transitions before the first update"""
+    """transitions that the first update waits for"""
     batch_size: Count = 128
     """B, transitions of the buffer in one update"""
     updates_per_step: Annotated[float, "(0, 1000]"] = 1.0

@@ -6,7 +6,7 @@ several critics (D17). Actions are samples of a Gaussian, squashed into [-1, 1] 
 environment's own bounds.
 
     (1)  a = tanh u,  u = μ_θ(s) + σ_θ(s) ε,  ε ~ N(0, 1)
-    (2)  log π(a|s) = Σ_dim log N(u; μ, σ) − 2 (log 2 − u − softplus(−2u))
+    (2)  log π(a|s) = Σ_dim [log N(u; μ, σ) − 2 (log 2 − u − softplus(−2u))]
     (3)  y = r + γ (1 − terminated) (min_i Q̄_i(s', a') − α log π(a'|s'))      a' ~ π_θ(·|s')
     (4)  L_critic = Σ_i ½ mean (Q_i(s, a) − y)²
     (5)  L_actor = mean [α log π(a^π|s) − min_i Q_i(s, a^π)]                  a^π ~ π_θ(·|s)
@@ -16,8 +16,8 @@ environment's own bounds.
     (9)  φ̄ ← τ φ + (1 − τ) φ̄
 
 γ --gamma, τ --tau, α --alpha, Q_i one of the --num-critics, Q̄_i its averaged copy, of parameters φ and φ̄.
-arXiv 1812.05905: (2) eq. 26, (3) eq. 2-5, (5) eq. 9, (8) eq. 18. `--estimator score` takes (7) in place of (5), the
-score function's gradient as in off_policy_ac.py, all else equal.
+arXiv 1812.05905: (2) eq. 26, (3) eq. 2-5, (5) eq. 9, (8) eq. 18 with log α for α. `--estimator score` takes (7) in
+place of (5), the score function's gradient as in off_policy_ac.py, all else equal.
 
     python sac.py                                     Pendulum-v1: greedy return -142 after 10,000 of its steps
     python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000 --critic-lr 3e-4      5100
@@ -59,7 +59,7 @@ class Args(RunArgs):
     buffer_size: Count = 1_000_000
     """transitions that the replay buffer holds"""
     learning_starts: Annotated[int, "[0, inf)"] = 1_000
-    """transitions, of uniformly random actions, before the first update"""
+    """transitions, of uniformly random actions, that the first update waits for"""
     batch_size: Count = 256
     """B, transitions of the buffer in one update"""
     updates_per_step: Annotated[float, "(0, 1000]"] = 1.0
@@ -199,7 +199,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, greedy=False):
-        """obs (N, ...) -> actions (N, A), sampled or the most likely ones before they are squashed."""
+        """obs (N, ...) -> actions (N, A), sampled, or tanh of the Gaussian's mean."""
         policy = self.actor(obs)
         return policy.mode() if greedy else policy.sample()
 

@@ -14,9 +14,10 @@ def evaluate(
 ):
     """Greedy returns and lengths, each (episodes,), in fresh environments with frozen statistics.
 
-    Episode i starts from a seed made of `seed` and i, whatever trained the agent, however many environments there are.
-    They are played in rounds of as many as training had. `on_step` is called before each step with environments and
-    observations; `render`: one environment, with pictures. Raises UserError if an episode has more than `max_steps`.
+    Episode i starts from a seed made of `seed` and i, whatever trained the agent. They are played in rounds of as many
+    as training had, which makes no difference where each environment has a generator of its own. `on_step` is called
+    before each step with environments and observations; `render`: one environment, with pictures. Raises UserError if
+    an episode has more than `max_steps`.
     """
     device = next(agent.parameters()).device
     num_envs = 1 if render else min(episodes, args.total_envs())

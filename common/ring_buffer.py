@@ -75,7 +75,7 @@ class RingBuffer:
 
 
 def available_memory() -> int:
-    """Bytes that are free on this machine, and that the container it may be allows."""
+    """Bytes that are free on this machine, at most what the container it may be allows in all."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

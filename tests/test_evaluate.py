@@ -11,10 +11,13 @@ import torch
 from conftest import ROOT, finish, start
 from helpers import checkpoint, metrics, same
 
+import evaluate as evaluate_command
 from a2c_sync import Args, train
 from common.checkpoint import env_seed
 from common.envs import make_envs
 from common.evaluate import evaluate
+from common.precision import get_precision
+from common.run import isolated
 from evaluate import load_agent
 
 NORMALIZED = {"env_id": "Pendulum-v1", "normalize_obs": True, "total_timesteps": 2_000, "num_envs": 4}
@@ -190,6 +193,22 @@ def test_evaluate_command(workdir):
     status, out, err = finish(start(script, "a run", "--episodes", "3", "--seed", "2", cwd=workdir))
     assert status == 0 and "greedy return" in out and sentence not in out
     assert {path: path.read_bytes() for path in Path("a run").iterdir()} == before
+
+
+def test_evaluate_computes_as_the_run_did(workdir, monkeypatch):
+    flags = {"env_id": "toy_envs:Counting-v0", "total_timesteps": 50, "eval_episodes": 1}
+    train(Args(run_dir="run", num_threads=2, matmul_precision="medium", **flags))
+    found = []
+
+    def spy(*_):
+        found.append((torch.get_num_threads(), *get_precision()))
+        return [0.0], [1]
+
+    monkeypatch.setattr(evaluate_command, "evaluate", spy)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "run"])
+    with pytest.raises(SystemExit):
+        isolated(lambda _: evaluate_command.main())(Args())
+    assert found == [(2, "medium", "bf16")]
 
 
 @pytest.mark.parametrize(
