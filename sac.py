@@ -154,7 +154,7 @@ class Actor(nn.Module):
 
     def forward(self, x):
         mean, log_std = self.head(self.body(x)).chunk(2, -1)
-        return SquashedGaussian(mean, log_std.clamp(-20, 2))
+        return SquashedGaussian(mean, log_std.clamp(-20, 2))  # the usual bounds; beyond them log σ has no gradient
 
 
 class BatchedLinear(nn.Module):
