@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import bootstrap, trim_mean
 
-SEEDS = 5  # of fewer, such intervals are too narrow: they cover 75 % with three, 90 % with five, 94 % with ten
+SEEDS = 5  # of fewer, such intervals are too narrow: they cover 75 % with three, 90 % with five, 94 % with twenty
 
 
 class AtLeast(float):

@@ -20,7 +20,9 @@ from conftest import ROOT, environment
 from helpers import wait_for
 from PIL import Image
 
-from common.flags import check_ranges
+import a2c_sync
+from common.flags import UserError, check_ranges, saved_args
+from evaluate import load_agent
 from experiments import runner
 from experiments.__main__ import cli
 from experiments.claims import CLAIMS, Claim
@@ -63,7 +65,7 @@ def test_an_interval_stays_in_the_range_of_what_was_measured():
 def test_an_interval_covers_the_true_mean_about_as_often_as_it_says():
     """That of so many seeds as an answer wants, too; with fewer it does not."""
     for seeds, coverage in ((20, 0.94), (SEEDS, 0.9), (3, 0.75)):
-        low, high = interval(np.random.default_rng(0).normal(5, 1, (1000, seeds)), at_least=2)
+        low, high = interval(np.random.default_rng(0).normal(5, 1, (1000, seeds)), at_least=2, n_resamples=2_000)
         assert ((low < 5) & (5 < high)).mean() == pytest.approx(coverage, abs=0.03)
 
 
@@ -402,8 +404,8 @@ def test_a_variants_folder_is_not_the_scripts(tmp_path):
     assert subprocess.run([*words, *flags], **options).returncode == 0
     assert json.loads((tmp_path / "run" / "args.json").read_text())["script"] == "a2c_truncation"
     more = ["--resume", str(tmp_path / "run"), "--total-timesteps", "800"]
-    wrong = subprocess.run([sys.executable, "a2c_sync.py", *more], **options)
-    assert wrong.returncode != 0 and "was made by a2c_truncation.py; resume it with that script" in wrong.stderr
+    with pytest.raises(UserError, match="was made by a2c_truncation.py; resume it with that script"):
+        saved_args(tmp_path / "run", a2c_sync.Args, "a2c_sync")
     assert subprocess.run([*words[:3], *more], **options).returncode == 0
     more[-1] = "100000000"
     process = subprocess.Popen([*words[:3], *more], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -414,8 +416,8 @@ def test_a_variants_folder_is_not_the_scripts(tmp_path):
     _, errors = process.communicate(timeout=30)
     assert (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns > modified
     assert f"python -m experiments.variants.a2c_truncation --resume {tmp_path / 'run'}" in errors
-    wrong = subprocess.run([sys.executable, "evaluate.py", str(tmp_path / "run")], **options)
-    assert wrong.returncode != 0 and "none of the scripts here" in wrong.stderr
+    with pytest.raises(UserError, match="none of the scripts here"):
+        load_agent(tmp_path / "run")
 
 
 @pytest.mark.slow
