@@ -41,6 +41,12 @@ def load_args(run_dir: str | Path) -> RunArgs:
 
 def load_agent(run_dir: str | Path):
     """The trained agent of a run folder, its Args, the statistics of its environments, and its environment steps."""
+    agent, args, content = restore(run_dir)
+    return agent, args, content["parts"]["envs"], content["env_steps"]
+
+
+def restore(run_dir: str | Path):
+    """The trained agent of a run folder, its Args, and all that its checkpoint holds."""
     args = load_args(run_dir)
     check_ranges(args)
     script = importlib.import_module(type(args).__module__)
@@ -52,7 +58,7 @@ def load_agent(run_dir: str | Path):
         agent.load_state_dict(content["parts"]["agent"])
     except (KeyError, RuntimeError):
         raise UserError(f"The checkpoint in {str(run_dir)!r} does not fit its args.json.") from None
-    return agent, args, content["parts"]["envs"], content["env_steps"]
+    return agent, args, content
 
 
 def frame(envs, obs: np.ndarray) -> np.ndarray:
@@ -100,11 +106,11 @@ def main():
     failure = None
     try:
         check_ranges(options)
-        agent, args, env_state, env_steps = load_agent(options.run_dir)
-        content = load_checkpoint(options.run_dir, type(args).__module__)
+        agent, args, content = restore(options.run_dir)
+        env_state = content["parts"]["envs"]
         max_steps = options.max_steps or max(30_000, 10 * content["logger"]["longest"])
         torch.set_num_threads(args.num_threads)  # like the precision as in the evaluation after training
-        precision = choose_precision(args.matmul_precision, agent, torch.device("cpu"), content["matmul_precision"])
+        precision = choose_precision(args.matmul_precision, agent, torch.device("cpu"), content.get("matmul_precision"))
         set_precision(precision, "bf16" if args.matmul_precision == "medium" else "none")
         if options.video:
             try:
@@ -118,7 +124,7 @@ def main():
         sys.exit(130)
     print(
         f"greedy return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes of {args.env_id} "
-        f"(mean length {np.mean(lengths):.0f}), trained for {env_steps:,} environment steps"
+        f"(mean length {np.mean(lengths):.0f}), trained for {content['env_steps']:,} environment steps"
     )
     sys.exit(failure)
 

@@ -20,9 +20,7 @@ from conftest import ROOT, environment
 from helpers import wait_for
 from PIL import Image
 
-import a2c_sync
-from common.flags import UserError, check_ranges, saved_args
-from evaluate import load_agent
+from common.flags import check_ranges
 from experiments import runner
 from experiments.__main__ import cli
 from experiments.claims import CLAIMS, Claim
@@ -404,8 +402,8 @@ def test_a_variants_folder_is_not_the_scripts(tmp_path):
     assert subprocess.run([*words, *flags], **options).returncode == 0
     assert json.loads((tmp_path / "run" / "args.json").read_text())["script"] == "a2c_truncation"
     more = ["--resume", str(tmp_path / "run"), "--total-timesteps", "800"]
-    with pytest.raises(UserError, match="was made by a2c_truncation.py; resume it with that script"):
-        saved_args(tmp_path / "run", a2c_sync.Args, "a2c_sync")
+    wrong = subprocess.run([sys.executable, "a2c_sync.py", *more], **options)
+    assert wrong.returncode != 0 and "was made by a2c_truncation.py; resume it with that script" in wrong.stderr
     assert subprocess.run([*words[:3], *more], **options).returncode == 0
     more[-1] = "100000000"
     process = subprocess.Popen([*words[:3], *more], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -416,8 +414,8 @@ def test_a_variants_folder_is_not_the_scripts(tmp_path):
     _, errors = process.communicate(timeout=30)
     assert (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns > modified
     assert f"python -m experiments.variants.a2c_truncation --resume {tmp_path / 'run'}" in errors
-    with pytest.raises(UserError, match="none of the scripts here"):
-        load_agent(tmp_path / "run")
+    wrong = subprocess.run([sys.executable, "evaluate.py", str(tmp_path / "run")], **options)
+    assert wrong.returncode != 0 and "none of the scripts here" in wrong.stderr
 
 
 @pytest.mark.slow
