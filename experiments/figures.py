@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 LINES, MARKERS = ["-", "--", "-.", ":"], "os^vDP<>"
+COLORS = [*plt.get_cmap("tab20").colors[::2], *plt.get_cmap("tab20").colors[1::2]]  # ten strong ones, then pale ones
 # Below the axes, where it hides nothing, with handles long enough to tell the lines by
 LEGEND = {"loc": "outside lower center", "handlelength": 4, "frameon": False, "fontsize": 8}
 THOUSANDS = plt.FuncFormatter(lambda value, _: f"{value:,.10g}")
@@ -39,7 +40,7 @@ def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False)
         grid = np.linspace(0, min(each[-1, column] for each in seeds), 101)[1:]
         grid = grid[grid >= max(each[0, column] for each in seeds)]  # where every seed has finished an episode
         values = np.stack([np.interp(grid, each[:, column], each[:, 2]) for each in seeds], 1)
-        color, style = f"C{i % 10}", LINES[i % len(LINES)]
+        color, style = COLORS[i % len(COLORS)], LINES[i % len(LINES)]
         few = len(lines) <= 3
         for each in seeds if few else []:
             axes.plot(each[:, column], each[:, 2], color=color, linewidth=0.4, alpha=0.5)
@@ -49,6 +50,7 @@ def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False)
             axes.fill_between(grid, *interval(values, n_resamples=2000), color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="seconds" if seconds else "environment steps", ylabel="training return")
     axes.grid(alpha=0.3)
+    axes.yaxis.set_major_formatter(THOUSANDS)
     scale(axes, "log" if ends and max(ends) > 5 * min(ends) else "linear")
     if axes.get_xscale() == "log":
         axes.set_xlim(left=min(ends) / 100)
@@ -65,7 +67,9 @@ def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = Fal
             )
         axes.plot(iqm(each), i, "k>" if any(bounds) else "k|", markersize=9 if any(bounds) else 14, markeredgewidth=2)
         axes.plot(interval(each), [i, i], "k-", linewidth=1)
-        labels.append(f"{row} (not reached)" if all(bounds) else row)
+        labels.append(row + (" (not reached)" if all(bounds) else " (at least)" if any(bounds) else ""))
+        if i % 2:
+            axes.axhspan(i - 0.5, i + 0.5, color="black", alpha=0.05, linewidth=0)  # whose dots these are
     axes.set_yticks(range(len(values)), labels)
     axes.set(xlabel=unit, ylim=((len(values) or 1) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
@@ -85,7 +89,10 @@ def scale(axes, name: str):
 
 
 def plot_claim(claim, data: Path, folder: Path) -> Path | None:
-    """For every task its curves, and beside them the claim's first measure; None if there is no data."""
+    """For every task its curves, and, if there are several seeds, the claim's first measure beside them.
+
+    None if there is no data.
+    """
     runs = runs_of(claim, data)
     keys = set(map(key, runs))
     points = [point for point in read(data / f"{claim.name}.curves.csv") if key(point) in keys]
@@ -93,8 +100,10 @@ def plot_claim(claim, data: Path, folder: Path) -> Path | None:
     if not tasks:
         return None
     only_measures = claim.one_row_a_task()
-    columns = 1 if only_measures else 2
-    figure = plt.figure(figsize=(5.2 * columns, 0.4 + 3.3 * len(tasks)), layout="constrained")
+    one_seed = len({run["seed"] for run in runs}) == 1
+    columns = 1 if only_measures or one_seed else 2
+    height = max(3.3, 1.2 + 0.3 * max(len(claim.tasks[task]) for task in tasks))
+    figure = plt.figure(figsize=(5.2 * columns, 0.4 + height * len(tasks)), layout="constrained")
     for task, part in zip(tasks, figure.subfigures(len(tasks), squeeze=False).flat):
         axes = part.subplots(1, columns, squeeze=False)[0]
         rows = [row for row in claim.tasks[task] if any((run["task"], run["row"]) == (task, row) for run in runs)]
@@ -103,10 +112,11 @@ def plot_claim(claim, data: Path, folder: Path) -> Path | None:
             values = {name: each for name, each in values.items() if each and None not in each}
             draw_values(axes[0], values, "variance / squared length of the expected gradient", claim.log)
         else:
-            name = claim.measures[0]
-            values = {row: sample(runs, task, row, name) for row in rows}
-            values = {row: each for row, each in values.items() if each and None not in each}
-            draw_values(axes[1], values, UNITS.get(name, name), claim.log)
+            if not one_seed:
+                name = claim.measures[0]
+                values = {row: sample(runs, task, row, name) for row in rows}
+                values = {row: each for row, each in values.items() if each and None not in each}
+                draw_values(axes[1], values, UNITS.get(name, name), claim.log)
             lines = {}
             for row in rows:
                 seeds = {}
