@@ -300,6 +300,28 @@ def test_a_figure_of_what_there_is(tmp_path, log):
     assert plot_claim(claim, tmp_path, tmp_path).stat().st_size > 5000
 
 
+def test_a_figure_has_values_beside_its_curves_if_there_are_several_seeds(tmp_path, monkeypatch):
+    from experiments import figures
+
+    drawn, draw_values = [], figures.draw_values
+    monkeypatch.setattr(figures, "draw_values", lambda *of: [drawn.append(of[1]), draw_values(*of)])
+    for seed, shown in ((100, []), (101, [{"a": [5.0, 5.0]}])):
+        runner.add(TOY, tmp_path, Job("task", "a", seed, TOY.tasks["task"]["a"]), MADE)
+        figures.plot_claim(TOY, tmp_path, tmp_path)
+        assert drawn == shown
+
+
+def test_a_value_that_is_a_bound_is_called_one():
+    from experiments import figures
+
+    values = {"a": [1.0, 2.0], "b": [1.0, figures.AtLeast(3.0)], "c": [figures.AtLeast(3.0)] * 2}
+    figure, axes = figures.plt.subplots()
+    figures.draw_values(axes, values, "x")
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    figures.plt.close(figure)
+    assert labels == ["a", "b (at least)", "c (not reached)"]
+
+
 @pytest.mark.parametrize("lowest, scale", [(-100.0, "symlog"), (0.0, "symlog"), (1e-3, "log")])
 def test_a_log_axis_shows_what_is_not_positive(lowest, scale):
     from experiments import figures
