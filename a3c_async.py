@@ -507,6 +507,8 @@ def train(args: Args) -> dict:
     run = Run(args, __file__)
     check_flags(args)
     hogwild = args.update == "hogwild"
+    if hogwild:
+        run.device = torch.device("cpu")  # whatever --device auto has found: its networks are in shared memory
     envs = make_envs(args, 1)  # for its spaces; the workers have their own
     agent = make_agent(envs, args)
     agent = agent.share_memory() if hogwild else agent.to(run.device)

@@ -87,7 +87,7 @@ def check_flags(args: Args):
     if args.estimator == "score" and args.num_action_samples < 2:
         raise UserError("--estimator score compares an action with others: it needs --num-action-samples 2 or more.")
     if args.buffer_size < max(args.num_envs, args.batch_size):
-        raise UserError("--buffer-size must be at least --num-envs and --batch-size.")
+        raise UserError(f"--buffer-size must be at least --num-envs and --batch-size, got {args.buffer_size}.")
     if args.learning_starts >= args.total_timesteps:
         raise UserError(
             f"--learning-starts {args.learning_starts} must be below --total-timesteps {args.total_timesteps}: "

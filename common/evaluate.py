@@ -48,5 +48,5 @@ def evaluate(
                 )
     finally:
         restore_random(generators)
-    envs.close()
+        envs.close()
     return returns.tolist(), lengths.tolist()

@@ -66,7 +66,7 @@ class RunArgs:
     """run folder to go on with: takes every flag from there, flags given beside it override"""
     checkpoint_every: Count | None = None
     """environment steps between checkpoints, at each of which all environments start anew (not those of a3c_async.py);
-    by default ten a run, but not below 2000 steps of each of --num-envs"""
+    by default ten a run, but not below 2000 steps of each environment"""
     eval_episodes: Count = 20
     """episodes of the greedy evaluation at the end"""
 

@@ -75,13 +75,15 @@ class RingBuffer:
 
 
 def available_memory() -> int:
-    """Bytes that are free on this machine, at most what the container it may be allows in all."""
+    """Bytes that are free on this machine, at most those that are left of what a container allows."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: all there is, where the system tells
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
     try:
-        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        allowed, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        return min(free, allowed - used + int(counts["inactive_file"]))  # files in memory make room when it is wanted
     except (OSError, ValueError):  # no container, or one without a limit
         return free

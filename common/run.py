@@ -183,7 +183,7 @@ class Run:
                     for number in (signal.SIGINT, signal.SIGTERM):
                         stack.callback(signal.signal, number, signal.signal(number, self._request_stop))
                 # Resets that come before an episode's end would keep it from ever being seen
-                self._every = args.checkpoint_every or max(args.total_timesteps // 10, 2_000 * (args.num_envs or 1))
+                self._every = args.checkpoint_every or max(args.total_timesteps // 10, 2_000 * args.total_envs())
                 self._next_checkpoint = (self.env_steps // self._every + 1) * self._every
                 if new:
                     self.save()

@@ -13,7 +13,7 @@ class AtLeast(float):
 
 
 def iqm(values, axis=-1):
-    """Interquartile mean: without the lowest and the highest quarter of the seeds."""
+    """Interquartile mean: without the lowest and the highest quarter of the seeds, rounded down to whole seeds."""
     return trim_mean(values, 0.25, axis=axis)
 
 

@@ -119,12 +119,14 @@ def run(job: Job, out: Path, fresh: bool = False, timed: bool = False) -> dict:
     """What the data needs of a run: results, log, code, circumstances; raises RuntimeError if it fails.
 
     A folder of the same command, seed and code is used again: its results, or its checkpoint, from where it was. One
-    whose time counts is never that of a run beside others. Without results: the run has diverged.
+    whose time counts is never that of a run beside others. Without results: the run has diverged. The folder notes the
+    circumstances of each start, since a run may go on elsewhere.
     """
     made = {"code": code_version(job), "circumstances": circumstances()}  # before anyone changes a file
     name = "".join(c if c.isalnum() else "-" for c in job.command)[:80]
     digest = hashlib.sha256(f"{job.command} {made['code']}{' timed' if timed else ''}".encode()).hexdigest()[:10]
     folder = out / f"{name}-{digest}__{job.seed}"
+    starts, diverged = folder / "starts.csv", False
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     if not (folder / "results.json").exists():
@@ -140,10 +142,17 @@ def run(job: Job, out: Path, fresh: bool = False, timed: bool = False) -> dict:
         running.add(process)
         _, errors = process.communicate()
         running.remove(process)
-        if "is not finite at environment step" in errors:
-            return made
-        if process.returncode != 0:
+        if folder.exists():  # else the run was refused
+            with open(starts, "a", newline="") as file:
+                csv.writer(file).writerow(made["circumstances"])
+        diverged = "is not finite at environment step" in errors
+        if process.returncode != 0 and not diverged:
             raise RuntimeError(f"{shlex.join(command[1:])}\n{errors[-2000:]}")
+    if starts.exists():
+        with open(starts, newline="") as file:
+            made["circumstances"] = tuple(" then ".join(dict.fromkeys(each)) for each in zip(*csv.reader(file)))
+    if diverged:
+        return made
     return made | {"results": json.loads((folder / "results.json").read_text()), "log": read_log(folder)}
 
 

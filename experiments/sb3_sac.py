@@ -1,4 +1,4 @@
-"""Stable-Baselines3's SAC with the settings of sac.py, as the laboratory runs it; writes a run folder like ours.
+"""Stable-Baselines3's SAC with the settings of sac.py, as the laboratory runs it, and with the files that it reads.
 
 pip install -e ".[bench,mujoco]"
 python experiments/sb3_sac.py --env-id Hopper-v5 --total-timesteps 100000 --run-dir runs/sb3
@@ -56,11 +56,11 @@ def main(options: Options):
         model = SAC.load(checkpoint, Monitor(gym.make(options.env_id)), device="cpu")
         model.load_replay_buffer(buffer)
         rows = [row for row in csv.reader(metrics.open()) if row[0].isdigit() and int(row[0]) <= model.num_timesteps]
-        before = float(rows[-1][1])
+        before = float(rows[-1][1]) if rows else 0.0
     else:
         folder.mkdir(parents=True)
         (folder / "args.json").write_text(json.dumps(asdict(options), indent=2))
-        # Its defaults are those of sac.py: batches of 256, learning rates of 3e-4, τ = 0.005, two layers of 256
+        # Its defaults are those of sac.py with --critic-lr 3e-4: batches of 256, τ = 0.005, two layers of 256
         model = SAC(
             "MlpPolicy", Monitor(gym.make(options.env_id)), seed=options.seed, learning_starts=options.learning_starts,
             device="cpu",
@@ -68,6 +68,7 @@ def main(options: Options):
     with metrics.open("w", newline="") as file:
         log, start = csv.writer(file), time.perf_counter() - before
         log.writerows([["env_steps", "seconds", "tag", "value"], *rows])
+        file.flush()  # a kill before the next checkpoint must not lose them
 
         class Log(BaseCallback):
             def _on_step(self):

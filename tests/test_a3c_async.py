@@ -510,6 +510,21 @@ def test_epsilon_of_the_flag_is_the_optimizers_and_wins_on_resume(workdir, monke
     assert [{group["eps"] for group in optimizer.param_groups} for optimizer in made] == [{100.0}, {1e-8}]
 
 
+def test_hogwilds_networks_are_on_the_cpu_whatever_auto_finds(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [])
+    run(update="hogwild", device="auto", total_timesteps=200)
+    assert "a3c_async.py on CartPole-v1, cpu," in capsys.readouterr().err
+
+
+def test_checkpoints_are_as_many_however_the_environments_are_given(workdir, monkeypatch):
+    found = []
+    monkeypatch.setattr(a3c_async.Run, "finish", lambda run, **_: found.append(run._every) or {})
+    run(run_dir="a", total_timesteps=50)
+    run(run_dir="b", total_timesteps=50, envs_per_worker=None, num_envs=2)
+    assert found == [2_000 * 2] * 2
+
+
 def test_resume_with_another_number_of_environments(workdir):
     args = Args(run_dir="run", total_timesteps=200, eval_episodes=1)
     train(args)

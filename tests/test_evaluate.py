@@ -12,9 +12,9 @@ from conftest import ROOT, finish, start
 from helpers import checkpoint, metrics, same
 
 import evaluate as evaluate_command
-from a2c_sync import Args, train
+from a2c_sync import Args, make_agent, train
 from common.checkpoint import env_seed
-from common.envs import make_envs
+from common.envs import Envs, make_envs
 from common.evaluate import evaluate
 from common.precision import get_precision
 from common.run import isolated
@@ -89,6 +89,19 @@ def test_normalization_is_saved_and_frozen_in_evaluation(workdir):
     first = evaluate(agent, args, env_state, 3, seed=1)
     assert first == evaluate(agent, args, env_state, 3, seed=1) != evaluate(agent, args, env_state, 3, seed=2)
     assert same(checkpoint("run")["parts"]["envs"], before)
+
+
+def test_environments_are_closed_when_an_evaluation_fails(monkeypatch):
+    closed, args = [], Args()
+    envs = make_envs(args, 1)
+    monkeypatch.setattr(Envs, "close", lambda *_: closed.append(True))
+
+    def fail(*_):
+        raise OSError
+
+    with pytest.raises(OSError):
+        evaluate(make_agent(envs, args), args, envs.state_dict(), 1, on_step=fail)
+    assert closed == [True]
 
 
 def test_restored_statistics_go_on_bit_identically():

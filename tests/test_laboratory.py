@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -395,6 +396,53 @@ def test_a_run_goes_on_from_its_checkpoint_and_is_made_once(tmp_path, monkeypatc
     assert second[4] == "--resume" and len(second) == 6
     run(job, tmp_path, timed=True)  # not with the seconds of one that had company
     assert len(calls) == 3
+
+
+def test_a_run_that_goes_on_elsewhere_has_the_circumstances_of_all_its_starts(tmp_path, monkeypatch):
+    where = iter([("c1", "torch 1", "Intel", "May"), ("c1", "torch 2", "AMD", "May"), ("c3", "torch 2", "Arm", "June")])
+
+    def popen(command, **_):
+        folder = Path(command[command.index("--resume" if "--resume" in command else "--run-dir") + 1])
+        folder.mkdir(exist_ok=True)
+        if "--resume" in command:
+            (folder / "results.json").write_text('{"env_steps": 100}')
+        (folder / "checkpoint.pt").touch()
+        killed = "--resume" not in command
+        return type("Process", (), {"returncode": -9 * killed, "communicate": lambda self: (None, "Killed" * killed)})()
+
+    monkeypatch.setattr(runner.subprocess, "Popen", popen)
+    monkeypatch.setattr(runner, "circumstances", lambda: next(where))
+    job = Job("task", "a", 100, "a2c_sync.py")
+    with pytest.raises(RuntimeError, match="Killed"):
+        run(job, tmp_path)
+    for _ in range(2):  # the second one finds it done, on the third machine
+        assert run(job, tmp_path)["circumstances"] == ("c1", "torch 1 then torch 2", "Intel then AMD", "May")
+
+
+def test_the_peers_log_is_on_the_disk_when_it_goes_on(tmp_path, monkeypatch):
+    """Or the episodes before its checkpoint would be lost with a kill before the next one."""
+    from experiments import sb3_sac
+
+    class SAC:
+        num_timesteps = 50
+        load = classmethod(lambda cls, *_, **__: cls())
+        load_replay_buffer = save = save_replay_buffer = lambda *_: None
+
+        def learn(self, *_, **__):
+            raise RuntimeError((tmp_path / "metrics.csv").read_text())
+
+    for name, content in (
+        ("", {"SAC": SAC}),
+        (".common", {}),
+        (".common.callbacks", {"BaseCallback": object}),
+        (".common.monitor", {"Monitor": lambda env: env}),
+    ):
+        monkeypatch.setitem(sys.modules, f"stable_baselines3{name}", SimpleNamespace(**content))
+    text = "env_steps,seconds,tag,value\n50,0.500,charts/episodic_return,4.0\n"
+    (tmp_path / "metrics.csv").write_text(text + "90,0.900,charts/episodic_return,5.0\n")
+    (tmp_path / "args.json").write_text('{"env_id": "CartPole-v1"}')
+    with pytest.raises(RuntimeError, match=text):  # and not the one after the checkpoint
+        sb3_sac.main(sb3_sac.Options(resume=str(tmp_path)))
 
 
 def test_a_variant_with_a_state_of_its_own_is_made_anew(tmp_path, monkeypatch):

@@ -120,11 +120,18 @@ def test_available_memory_is_the_machines():
 
 def test_what_a_container_allows_counts(monkeypatch):
     texts = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 5000 kB\n", "/sys/fs/cgroup/memory.max": "4000000\n"}
+    texts |= {"/sys/fs/cgroup/memory.current": "0\n", "/sys/fs/cgroup/memory.stat": "anon 9\ninactive_file 0\n"}
     monkeypatch.setattr(ring_buffer.Path, "read_text", lambda path: texts[str(path)])
     assert ring_buffer.available_memory() == 4_000_000
     for unlimited in ("max\n", "6000000\n"):
         texts["/sys/fs/cgroup/memory.max"] = unlimited
         assert ring_buffer.available_memory() == 5000 * 1024
+    texts["/sys/fs/cgroup/memory.max"] = "4000000\n"
+    texts |= {
+        "/sys/fs/cgroup/memory.current": "1500000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 9\ninactive_file 300000\n",
+    }
+    assert ring_buffer.available_memory() == 2_800_000  # without what it has in use, but for files that can go
 
 
 def test_another_capacity_or_other_fields_do_not_fit():
