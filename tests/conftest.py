@@ -15,6 +15,8 @@ import pytest
 import torch
 import zygote
 
+from common.workers import Workers
+
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 # Whichever test starts the fork server of this process: workers and environments that it forks need not import these
@@ -122,3 +124,17 @@ def workdir(tmp_path, monkeypatch):
     path.mkdir()
     monkeypatch.chdir(path)
     return path
+
+
+@pytest.fixture
+def all_workers_begin(monkeypatch):
+    """Else the worker that starts first may make a short run by itself."""
+    original = Workers.start
+
+    def start(workers, *args):
+        original(workers, *args)
+        while not all(mailbox.is_full() for mailbox in workers._mailboxes):
+            workers.watch()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Workers, "start", start)

@@ -479,7 +479,7 @@ def test_flags(workdir, update, flags):
     assert {"episodic" in tag for _, tag, _ in metrics("run")} == {True, False}
 
 
-def test_every_worker_has_its_own_environments_and_actions(workdir, batches):
+def test_every_worker_has_its_own_environments_and_actions(workdir, all_workers_begin, batches):
     run(num_workers=3, envs_per_worker=2, batch_size=30, num_steps=5, env_id="Pendulum-v1", total_timesteps=200)
     firsts = torch.cat([batch.obs[0] for batch in batches])  # s_0 of every rollout and environment
     assert len(firsts.unique(dim=0)) == len(firsts) > 10

@@ -194,14 +194,13 @@ def test_environments_in_processes_draw_seeded_and_different_global_numbers():
     assert len(np.unique(first.reshape(-1, 3)[:, 0])) == 12 and (first[:, 0] != first[:, 1]).all()
 
 
-def test_workers_draw_seeded_and_different_global_numbers(workdir, monkeypatch):
+def test_workers_draw_seeded_and_different_global_numbers(workdir, all_workers_begin, monkeypatch):
     found = []
     for name in ("a", "b"):
-        batches = rollouts(monkeypatch, a3c_async)
-        run(a3c_async, run_dir=name, env_id="toy_envs:Dice-v0", update="pooled", batch_size=1, num_workers=2)
+        with monkeypatch.context() as patch:
+            batches = rollouts(patch, a3c_async)
+            run(a3c_async, run_dir=name, env_id="toy_envs:Dice-v0", update="pooled", batch_size=1, num_workers=2)
         found.append({tuple(batch.obs[0, 0].tolist()) for batch in batches})
-        monkeypatch.undo()
-        monkeypatch.chdir(workdir)
     assert all(
         len({row[i] for row in rows}) == len(rows) > 10 for rows in found for i in range(3)
     )  # no two workers' alike
