@@ -200,11 +200,10 @@ def test_workers_draw_seeded_and_different_global_numbers(workdir, all_workers_b
         with monkeypatch.context() as patch:
             batches = rollouts(patch, a3c_async)
             run(a3c_async, run_dir=name, env_id="toy_envs:Dice-v0", update="pooled", batch_size=1, num_workers=2)
-        found.append({tuple(batch.obs[0, 0].tolist()) for batch in batches})
-    assert all(
-        len({row[i] for row in rows}) == len(rows) > 10 for rows in found for i in range(3)
-    )  # no two workers' alike
-    assert found[0] & found[1]  # the same seed, the same numbers, as far as both runs got with a worker
+        found.append([tuple(batch.obs[0, 0].tolist()) for batch in batches])
+    for rows in found:
+        assert all(len({row[i] for row in rows}) == len(rows) > 10 for i in range(3))  # no two workers' alike
+    assert set(found[0]) & set(found[1])  # the same seed, the same numbers, as far as both runs got with a worker
 
 
 # --- 6 A log that is shorter than its checkpoint says -----------------------------------------------------------------
