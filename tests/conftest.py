@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import zygote
+from helpers import wait_for
 
 from common.workers import Workers
 
@@ -133,8 +134,6 @@ def all_workers_begin(monkeypatch):
 
     def start(workers, *args):
         original(workers, *args)
-        while not all(mailbox.is_full() for mailbox in workers._mailboxes):
-            workers.watch()
-            time.sleep(0.01)
+        wait_for(lambda: all(mailbox.is_full() for mailbox in workers._mailboxes))
 
     monkeypatch.setattr(Workers, "start", start)

@@ -41,6 +41,8 @@ def transitions_of_the_first(happened, num_envs):
 def written_out_run(script, args, act):
     """The agent at the end of a run, and the number of updates. The bounds of continuous actions must be -1 and 1.
 
+    Matrix products are of precision "highest", which a run must have, too: what auto chooses may round otherwise.
+
     act(agent, optimizer, obs (N, ...), env_steps) gives the fields of a transition that acting yields, (N, ...) each.
     """
     random.seed(args.seed)

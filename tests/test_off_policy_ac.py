@@ -598,7 +598,7 @@ def test_value_of_what_terminates_is_the_finite_sum(workdir):
 )
 def test_a_run_is_the_loop_written_out_plainly(workdir, flags):
     """Bit-identical weights: seeds, resets, acting, rates, what is stored and sampled, and when it is learned from."""
-    flags = flags | {"checkpoint_every": 20, "matmul_precision": "highest"}  # auto's choice may round otherwise
+    flags |= {"checkpoint_every": 20, "matmul_precision": "highest"}
     end = run(**flags)
 
     def act(agent, optimizer, obs, env_steps):

@@ -500,8 +500,7 @@ def test_warm_up_is_uniform_and_seeded(workdir):
 @pytest.mark.parametrize("flags", [{"num_envs": 3, "updates_per_step": 0.7}, {"buffer_size": 40, "critic_lr": 1e-2}])
 def test_a_run_is_the_loop_written_out_plainly(workdir, flags):
     """Bit-identical weights: seeds, resets, warm-up, acting, what is stored and sampled, when it is learned from."""
-    flags |= {"env_id": "toy_envs:CountingBox-v0", "checkpoint_every": 20}
-    flags |= {"matmul_precision": "highest"}  # auto's choice may round otherwise
+    flags |= {"env_id": "toy_envs:CountingBox-v0", "checkpoint_every": 20, "matmul_precision": "highest"}
     end = run(**flags)
 
     def act(agent, optimizer, obs, env_steps):
