@@ -238,8 +238,8 @@ class Run:
             )
         counters = {"env_steps": self.env_steps, "updates": self.updates, "next_log": self._next_log}
         content = {"script": self.script.stem, **counters, "logger": self.logger.state_dict(), "parts": states}
-        # What --matmul-precision auto has chosen; a flag's own value is a flag's
-        chosen = self.precision if self.args.matmul_precision == "auto" else None
+        # What --matmul-precision auto has chosen; a flag's own value is a flag's, and on a GPU there is no choice
+        chosen = self.precision if self.args.matmul_precision == "auto" and self.device.type == "cpu" else None
         content |= {"matmul_precision": chosen, "ranks": random_states}
         if ranks.RANK == 0:
             save_checkpoint(self.dir, content)

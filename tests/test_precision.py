@@ -10,6 +10,7 @@ from helpers import checkpoint, results
 import a2c_sync
 from common import precision
 from common.precision import choose_precision, get_precision, set_precision
+from common.run import Run
 from evaluate import load_args
 
 CPU = torch.device("cpu")
@@ -110,3 +111,21 @@ def test_a_resumed_run_keeps_what_auto_took(workdir, monkeypatch, found, other):
     monkeypatch.chdir(workdir)
     monkeypatch.setattr("common.run.choose_precision", lambda *args: str(args[3]))
     assert train(total_timesteps=256, matmul_precision="auto") == "None"  # an asked-for one is no choice of auto's
+
+
+def test_a_run_that_leaves_the_gpu_chooses_anew(workdir, monkeypatch):
+    save = Run.save
+
+    def save_as_on_a_gpu(run):
+        device, run.device = run.device, torch.device("cuda")
+        save(run)
+        run.device = device
+
+    monkeypatch.setattr(Run, "save", save_as_on_a_gpu)
+    a2c_sync.train(a2c_sync.Args(total_timesteps=64, run_dir="run", num_envs=2, eval_episodes=1))
+    monkeypatch.undo()
+    monkeypatch.chdir(workdir)
+    assert checkpoint("run")["matmul_precision"] is None
+    routes(monkeypatch, exact)  # oneDNN is the faster one
+    a2c_sync.train(replace(load_args("run"), total_timesteps=128))
+    assert results("run")["matmul_precision"] == checkpoint("run")["matmul_precision"] == "medium"
