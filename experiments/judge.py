@@ -119,7 +119,7 @@ class Reach:
 
 
 def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def number(value: float) -> str:
