@@ -121,10 +121,9 @@ def test_a_run_that_leaves_the_gpu_chooses_anew(workdir, monkeypatch):
         save(run)
         run.device = device
 
-    monkeypatch.setattr(Run, "save", save_as_on_a_gpu)
-    a2c_sync.train(a2c_sync.Args(total_timesteps=64, run_dir="run", num_envs=2, eval_episodes=1))
-    monkeypatch.undo()
-    monkeypatch.chdir(workdir)
+    with monkeypatch.context() as there:
+        there.setattr(Run, "save", save_as_on_a_gpu)
+        a2c_sync.train(a2c_sync.Args(total_timesteps=64, run_dir="run", num_envs=2, eval_episodes=1))
     assert checkpoint("run")["matmul_precision"] is None
     routes(monkeypatch, exact)  # oneDNN is the faster one
     a2c_sync.train(replace(load_args("run"), total_timesteps=128))
