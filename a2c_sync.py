@@ -29,48 +29,32 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import ranks
 from common.compile import compiled
 from common.envs import make_envs
 from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, UserError
 from common.optim import RMSpropA3C
-from common.run import Run, isolated, run_cli
+from common.run import Run, run_cli
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args(RunArgs):
-    num_envs: Count = 16
-    """N, environments that step in parallel"""
-    num_steps: Count = 8
-    """T, steps of every environment between two updates"""
-    network: Literal["separate", "shared"] = "separate"
-    """two networks (D1), or one trunk with two heads (D2)"""
-    gamma: Fraction = 0.99
-    """discount γ"""
-    gae_lambda: Fraction = 0.95
-    """λ of the advantage; 1 gives n-step returns, 0 the one-step δ"""
-    ent_coef: NonNegative = 0.01
-    """β, weight of the entropy bonus"""
-    value_coef: NonNegative = 0.5
-    """c, weight of the critic's loss; matters for a shared trunk, separate networks have --critic-lr"""
-    actor_lr: Positive = 1e-2
-    """learning rate of the actor; with --network shared of everything"""
-    critic_lr: Positive | None = None
-    """learning rate of the critic; by default that of the actor"""
-    lr_decay: bool = True
-    """let the learning rates fall linearly to 0 at --total-timesteps"""
-    optimizer: Literal["rmsprop", "adam"] = "rmsprop"
-    """rmsprop: with ε inside the root, as in the published A3C and A2C results"""
-    max_grad_norm: Positive | None = None
-    """gradients of a network are scaled down to this norm; 0.5 is usual, but makes V forget what is rare (docs)"""
-    normalize_obs: bool = False
-    """shift and scale each element of a vector observation by its running mean and variance"""
-    reward_scale: Positive = 1.0
-    """factor of the rewards that are learned from; where returns are in the hundreds, V learns faster with less"""
-    compile: bool = False
-    """torch.compile the update, which takes up to a minute before the first one; on a GPU with CUDA graphs"""
+    num_envs: Count = 16  # N, environments that step in parallel
+    num_steps: Count = 8  # T, steps of every environment between two updates
+    network: Literal["separate", "shared"] = "separate"  # two networks (D1), or one trunk with two heads (D2)
+    gamma: Fraction = 0.99  # discount γ
+    gae_lambda: Fraction = 0.95  # λ of the advantage; 1 gives n-step returns, 0 the one-step δ
+    ent_coef: NonNegative = 0.01  # β, weight of the entropy bonus
+    value_coef: NonNegative = 0.5  # c, weight of the critic's loss; matters for a shared trunk
+    actor_lr: Positive = 1e-2  # learning rate of the actor; with --network shared of everything
+    critic_lr: Positive | None = None  # learning rate of the critic; by default that of the actor
+    lr_decay: bool = True  # let the learning rates fall linearly to 0 at --total-timesteps
+    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # with ε inside the root, as in the published results; or Adam
+    max_grad_norm: Positive | None = None  # gradients of a network are scaled down to this norm; 0.5 is usual (docs)
+    normalize_obs: bool = False  # shift and scale each element of a vector observation by its running mean and variance
+    reward_scale: Positive = 1.0  # factor of the rewards that are learned from; less than 1 for returns in the hundreds
+    compile: bool = False  # torch.compile the update, which takes up to a minute before the first one
 
 
 def check_flags(args: Args):
@@ -348,13 +332,12 @@ def make_rollout(envs, T: int, N: int) -> Rollout:
     return Rollout(obs, actions, rewards, terminated, done)
 
 
-@isolated
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)
     check_flags(args)
     update_fn = compiled(update, run.device) if args.compile else update
-    envs = make_envs(args, ranks.part(args.num_envs))  # all of them, except under torchrun
+    envs = make_envs(args)
     agent = make_agent(envs, args).to(run.device)
     optimizer = make_optimizer(agent, args)
 

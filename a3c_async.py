@@ -26,75 +26,49 @@ The step after an episode's end only resets the environment (gymnasium's NEXT_ST
 the mask `valid` keeps it out of losses and counts. In all other steps obs[t + 1] is the true successor of obs[t].
 """
 
+import importlib.util
 import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 
 from common.checkpoint import env_seed, seed_generators
-from common.envs import find_spec, make_envs
-from common.flags import Count, Fraction, NonNegative, Positive, RunArgs, UserError
+from common.envs import make_envs
+from common.flags import Count, Fraction, Natural, NonNegative, Positive, RunArgs, UserError
 from common.optim import RMSpropA3C
-from common.run import Run, isolated, run_cli
-from common.workers import POLL_SECONDS, Snapshot, Worker, copy_parameters, engine, shared
+from common.run import Run, run_cli
+from common.workers import Worker, Workers, copy_parameters, shared
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args(RunArgs):
-    device: Literal["auto", "cpu", "cuda"] = "cpu"
-    """where pooled's networks learn; workers act on the CPU, in whose memory hogwild's networks are"""
-    num_workers: Count = 4
-    """W, processes that act"""
-    envs_per_worker: Count | None = None
-    """N, environments of each worker; by default 4"""
-    num_envs: Count | None = None
-    """environments of all workers together, instead of --envs-per-worker"""
-    num_steps: Count = 8
-    """T, steps of a worker's environments between two pulls of the parameters"""
-    update: Literal["hogwild", "pooled"] = "hogwild"
-    """hogwild: every worker updates by itself (A3C); pooled: one update of what all workers handed over (D6)"""
-    engine: Literal["processes", "ray"] = "processes"
-    """what pooled's workers are: processes of this machine, or Ray actors, in the cluster of RAY_ADDRESS if set"""
-    batch_size: Count = 128
-    """transitions of a pooled update, at least: rollouts stay whole; hogwild's has those of one rollout, T x N"""
-    max_lag: Annotated[int, "[0, inf)"] | None = None
-    """transitions from parameters more updates old than this are dropped, and counted; by default none are (D7)"""
-    slow_worker: NonNegative = 0.0
-    """seconds that worker 0 sleeps at every step, to see what a laggard does"""
-    worker_timeout: Positive = 60.0
-    """seconds without a sign of life after which a worker is replaced"""
-    network: Literal["separate", "shared"] = "separate"
-    """two networks (D1), or one trunk with two heads (D2)"""
-    gamma: Fraction = 0.99
-    """discount γ"""
-    gae_lambda: Fraction = 0.95
-    """λ of the advantage; 1 gives n-step returns, 0 the one-step δ"""
-    ent_coef: NonNegative = 0.01
-    """β, weight of the entropy bonus"""
-    value_coef: NonNegative = 0.5
-    """c, weight of the critic's loss; matters for a shared trunk, separate networks have --critic-lr"""
-    actor_lr: Positive = 2.5e-3
-    """learning rate of the actor; with --network shared of everything"""
-    critic_lr: Positive | None = None
-    """learning rate of the critic; by default that of the actor"""
-    rmsprop_eps: Positive = 1e-5
-    """ε inside RMSProp's root; above the squares of all gradients it makes RMSProp SGD, so 1e-8 for images (docs)"""
-    lr_decay: bool = True
-    """let the learning rates fall linearly to 0 at --total-timesteps"""
-    max_grad_norm: Positive | None = None
-    """gradients of a network are scaled down to this norm; 0.5 is usual, but makes V forget what is rare (docs)"""
-    reward_scale: Positive = 1.0
-    """factor of the rewards that are learned from; where returns are in the hundreds, V learns faster with less"""
-
-    def total_envs(self) -> int:
-        return self.num_workers * envs_of_worker(self)
+    device: Literal["auto", "cpu", "cuda"] = "cpu"  # where pooled's networks learn; all else is on the CPU
+    num_workers: Count = 4  # W, processes that act
+    num_envs: Count = 16  # W x N, environments of all workers together
+    num_steps: Count = 8  # T, steps of a worker's environments between two pulls of the parameters
+    update: Literal["hogwild", "pooled"] = "hogwild"  # every worker by itself (A3C); of what all handed over (D6)
+    engine: Literal["processes", "ray"] = "processes"  # pooled's workers: of this machine, or of a Ray cluster
+    batch_size: Count = 128  # transitions of a pooled update, at least; hogwild's has those of one rollout, T x N
+    max_lag: Natural | None = None  # transitions from parameters more updates old than this are dropped (D7)
+    slow_worker: NonNegative = 0.0  # seconds that worker 0 sleeps at every step, to see what a laggard does
+    network: Literal["separate", "shared"] = "separate"  # two networks (D1), or one trunk with two heads (D2)
+    gamma: Fraction = 0.99  # discount γ
+    gae_lambda: Fraction = 0.95  # λ of the advantage; 1 gives n-step returns, 0 the one-step δ
+    ent_coef: NonNegative = 0.01  # β, weight of the entropy bonus
+    value_coef: NonNegative = 0.5  # c, weight of the critic's loss; matters for a shared trunk
+    actor_lr: Positive = 2.5e-3  # learning rate of the actor; with --network shared of everything
+    critic_lr: Positive | None = None  # learning rate of the critic; by default that of the actor
+    lr_decay: bool = True  # let the learning rates fall linearly to 0 at --total-timesteps
+    rmsprop_eps: Positive = 1e-5  # ε inside RMSProp's root; 1e-8 for images, whose gradients are smaller (docs)
+    max_grad_norm: Positive | None = None  # gradients of a network are scaled down to this norm; 0.5 is usual (docs)
+    reward_scale: Positive = 1.0  # factor of the rewards that are learned from; less than 1 for returns in the hundreds
 
 
 def check_flags(args: Args):
@@ -103,26 +77,14 @@ def check_flags(args: Args):
         raise UserError("--critic-lr needs separate networks; with --network shared use --actor-lr and --value-coef.")
     if args.vectorization == "async":
         raise UserError("--vectorization async: the workers are processes already; give more --num-workers.")
-    if args.slow_worker >= args.worker_timeout:
-        raise UserError("--slow-worker must be below --worker-timeout, or worker 0 is replaced again and again.")
     if args.update == "pooled" and args.batch_size > args.total_timesteps:
         raise UserError("--batch-size must not exceed --total-timesteps: nothing would be learned.")
-    if args.device == "cuda" and args.update == "hogwild":
-        raise UserError("--device cuda: hogwild's workers share the CPU's memory; use --update pooled.")
-    if args.engine == "ray" and args.update == "hogwild":
-        raise UserError("--engine ray: hogwild's workers share memory, so they are processes; use --update pooled.")
-    if args.num_envs not in (None, args.num_workers * envs_of_worker(args)):
-        raise UserError(
-            f"--num-envs {args.num_envs} is not --num-workers {args.num_workers} times the environments of a worker; "
-            "give --envs-per-worker instead (and --num-envs None where a resumed run has one)."
-        )
-
-
-def envs_of_worker(args: Args) -> int:
-    """N"""
-    if args.num_envs is not None and args.envs_per_worker is None:
-        return max(1, args.num_envs // args.num_workers)
-    return args.envs_per_worker or 4
+    if args.update == "hogwild" and (args.device == "cuda" or args.engine == "ray"):
+        raise UserError("--update hogwild: its workers share the memory of this machine's CPU; use --update pooled.")
+    if args.engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise UserError('--engine ray needs an extra: pip install -e ".[ray]"')
+    if args.num_envs % args.num_workers:
+        raise UserError("--num-envs must be a multiple of --num-workers: each has as many environments.")
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -357,9 +319,6 @@ def decay_learning_rates(optimizer, progress):
 # --- Work -------------------------------------------------------------------------------------------------------------
 
 
-METRICS = "critic_loss", "actor_loss", "value", "entropy"
-
-
 def make_rollout(envs, T: int, N: int) -> Rollout:
     """Storage for T steps of N environments, in NumPy arrays."""
     (obs_shape, obs_dtype), (action_shape, action_dtype) = envs.obs_spec, envs.action_spec
@@ -369,24 +328,15 @@ def make_rollout(envs, T: int, N: int) -> Rollout:
     return Rollout(obs, actions, rewards, terminated, done)
 
 
-def record_fields(rollout: Rollout, args: Args) -> dict:
-    """What a worker hands over after T steps: name -> (shape, dtype)."""
-    number, T, N = ((), np.int64), *rollout.rewards.shape
-    fields = {"steps": number, "num_episodes": number, "episodes": ((T * N, 3), np.float64)}
-    if args.update == "hogwild":
-        return fields | {"lag": number} | {name: ((), np.float32) for name in METRICS}
-    return fields | {"version": number} | {name: (x.shape, x.dtype) for name, x in rollout._asdict().items()}
-
-
 def start_work(worker: Worker, args: Args, env_steps: int):
     """A worker's own noise, environments, networks and rollout."""
     seed = env_seed(args.seed, env_steps, worker.index, worker.generation)
     seed_generators(seed)
-    N = envs_of_worker(args)
-    envs = worker.close_at_exit(make_envs(args, N))
+    N = args.num_envs // args.num_workers
+    envs = make_envs(args, N)
+    worker.at_exit.callback(envs.close)
     agent, rollout = make_agent(envs, args), make_rollout(envs, args.num_steps, N)
     rollout.obs[-1], _ = envs.reset(seed=seed)
-    worker.beat()
     return envs, agent, rollout
 
 
@@ -401,12 +351,9 @@ def act(worker: Worker, args: Args, agent: ActorCritic, envs, rollout: Rollout) 
         obs[t + 1], rewards[t], terminated[t], truncated, episodes = envs.step(actions[t])
         done[t + 1] = np.maximum(terminated[t], truncated)
         ended += episodes
-        worker.beat()
         if worker.index == 0:
             time.sleep(args.slow_worker)
-    episodes = np.zeros((T * N, 3))
-    episodes[: len(ended)] = np.reshape(ended, (-1, 3))
-    return {"steps": T * N - int(done[:-1].sum()), "num_episodes": len(ended), "episodes": episodes}
+    return {"steps": T * N - int(done[:-1].sum()), "episodes": ended}
 
 
 def hogwild_worker(worker: Worker, args: Args, env_steps: int, shared_agent, optimizer, worker_steps, worker_updates):
@@ -414,11 +361,7 @@ def hogwild_worker(worker: Worker, args: Args, env_steps: int, shared_agent, opt
     envs, agent, rollout = start_work(worker, args, env_steps)
     batch = Rollout(*map(torch.from_numpy, rollout))
     max_lag = math.inf if args.max_lag is None else args.max_lag
-    while True:
-        if worker_steps.sum() >= args.total_timesteps:  # enough: the main process will end this one
-            worker.beat()
-            time.sleep(POLL_SECONDS)
-            continue
+    while worker_steps.sum() < args.total_timesteps:
         version = int(worker_updates.sum())  # before the copy: what comes in between counts as lag
         copy_parameters(agent.parameters(), shared_agent.parameters())
         record = act(worker, args, agent, envs, rollout)
@@ -431,61 +374,45 @@ def hogwild_worker(worker: Worker, args: Args, env_steps: int, shared_agent, opt
 
         if args.lr_decay:
             decay_learning_rates(optimizer, int(worker_steps.sum()) / args.total_timesteps)
-        record |= update(agent, optimizer, batch, args, shared_agent, is_fresh)
+        metrics = update(agent, optimizer, batch, args, shared_agent, is_fresh)
         worker_updates[worker.index] += record["lag"] <= max_lag
-        worker.send(**record)
+        worker.next()  # when the last record has been taken
+        worker.send(**record, metrics={name: value.item() for name, value in metrics.items()})
         worker_steps[worker.index] += record["steps"]  # when they have been handed over
+    worker.next(), worker.next()  # enough: the main process will end this one
 
 
-def pooled_worker(worker: Worker, args: Args, env_steps: int, snapshot: Snapshot):
+def pooled_worker(worker: Worker, args: Args, env_steps: int):
     """Hands over each of its rollouts, for the main process to learn from."""
     envs, agent, rollout = start_work(worker, args, env_steps)
+    version, params = worker.next()
     while True:
-        worker.wait()  # until the last rollout has been taken, or this one would be even older
-        version = snapshot.pull(agent)
+        copy_parameters(agent.parameters(), map(torch.from_numpy, params))
         record = act(worker, args, agent, envs, rollout)
         if record["steps"] > 0:
             worker.send(**record, version=version, **rollout._asdict())
+            version, params = worker.next()
 
 
-class Lags:
+class Lags(Counter):
     """How many updates old the parameters were that acted (D7): lag -> number of transitions."""
 
-    def __init__(self):
-        self.all, self.recent, self.dropped = Counter(), Counter(), 0
-
-    def accept(self, lag: int, steps: int, max_lag: int | None) -> bool:
-        """Counts transitions; False: they are too old to learn from."""
-        if max_lag is not None and lag > max_lag:
-            self.dropped += steps
-            return False
-        self.all[lag] += steps
-        self.recent[lag] += steps
-        return True
-
-    def metrics(self) -> dict:
-        """Lags since the last call, and how many transitions were dropped so far."""
-        recent, self.recent = self.recent, Counter()
-        found = {"lag/mean": mean(recent), "lag/max": max(recent)} if recent else {}
-        return found | {"lag/dropped": self.dropped}
-
-    def results(self) -> dict:
-        histogram = {str(lag): steps for lag, steps in sorted(self.all.items())}
-        largest = max(self.all, default=None)
-        return {"lag_mean": mean(self.all), "lag_max": largest, "lag_histogram": histogram, "dropped": self.dropped}
+    def mean(self) -> float:
+        return sum(lag * steps for lag, steps in self.items()) / max(1, self.total())
 
     def state_dict(self) -> dict:
-        return {"all": dict(self.all), "dropped": self.dropped}
+        return {"all": dict(self)}
 
     def load_state_dict(self, state: dict):
-        self.all, self.dropped = Counter(state["all"]), state["dropped"]
-
-
-def mean(lags: Counter) -> float | None:
-    return sum(lag * steps for lag, steps in lags.items()) / sum(lags.values()) if lags else None
+        self.update(state["all"])
 
 
 # --- Train ------------------------------------------------------------------------------------------------------------
+
+
+def arrays(agent: ActorCritic) -> list[np.ndarray]:
+    """Copies of the parameters, to be handed over."""
+    return [p.detach().cpu().numpy().copy() for p in agent.parameters()]
 
 
 def make_agent(envs, args: Args) -> ActorCritic:
@@ -501,7 +428,6 @@ def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
     return RMSpropA3C(groups, eps=args.rmsprop_eps)
 
 
-@isolated
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)
@@ -512,22 +438,18 @@ def train(args: Args) -> dict:
     envs = make_envs(args, 1)  # for its spaces; the workers have their own
     agent = make_agent(envs, args)
     agent = agent.share_memory() if hogwild else agent.to(run.device)
-    fields = record_fields(make_rollout(envs, args.num_steps, envs_of_worker(args)), args)
     envs.close()
-    optimizer = make_optimizer(agent, args)
-    snapshot_type, workers_type = engine(args.engine)
-    snapshot, lags = snapshot_type(agent), Lags()
+    optimizer, lags, recent = make_optimizer(agent, args), Lags(), Lags()  # all, and those since the last log
     worker_steps, worker_updates = (shared((args.num_workers,), np.int64) for _ in range(2))
-    worker, spec = hogwild_worker if hogwild else pooled_worker, find_spec(args.env_id)
-    workers = workers_type(worker, args.num_workers, fields, args.worker_timeout, spec)
+    Engine = Workers if args.engine == "processes" else importlib.import_module("common.ray_workers").Workers
+    workers = Engine(hogwild_worker if hogwild else pooled_worker, args.num_workers)
 
     with run.open(agent=agent, envs=workers, optimizer=optimizer, lags=lags):
         for state in optimizer.state.values() if hogwild else ():
             state["square_avg"].share_memory_()  # before the workers start: later, each would have its own
         worker_steps[0], worker_updates[0] = run.env_steps, run.updates  # of earlier sessions
-        snapshot.publish(agent, run.updates)
-        learner = (agent, optimizer, worker_steps, worker_updates) if hogwild else (snapshot,)
-        workers.start(args, run.env_steps, *learner)
+        workers.publish(None if hogwild else (run.updates, arrays(agent)))
+        workers.start(args, run.env_steps, *((agent, optimizer, worker_steps, worker_updates) if hogwild else ()))
         pool = []  # rollouts that no update has been made of yet
         while run.env_steps < args.total_timesteps:
             if run.checkpoint_due():
@@ -535,34 +457,38 @@ def train(args: Args) -> dict:
             record = workers.receive()
             if record is None:
                 continue
-            steps = int(record["steps"])
-            run.count(steps, record["episodes"][: record["num_episodes"]].tolist())
-            lag = int(record["lag"]) if hogwild else run.updates - int(record["version"])
-            fresh = lags.accept(lag, steps, args.max_lag)
+            run.count(record["steps"], record["episodes"])
+            lag = record["lag"] if hogwild else run.updates - record["version"]
+            is_fresh = args.max_lag is None or lag <= args.max_lag
+            if is_fresh:
+                lags[lag] += record["steps"]
+                recent[lag] += record["steps"]
 
             if hogwild:  # the worker has learned from it
                 run.updates = int(worker_updates.sum())
-                metrics = {name: record[name] for name in METRICS}
+                metrics = record["metrics"]
             else:
-                pool += [record] if fresh else []
-                pool_size = sum(int(each["steps"]) for each in pool)
+                pool += [record] if is_fresh else []
+                pool_size = sum(each["steps"] for each in pool)
                 if pool_size < args.batch_size:
                     continue
                 # Learn: the workers' rollouts side by side, as if one worker had had all the environments
-                arrays = (np.concatenate([each[name] for each in pool], 1) for name in Rollout._fields)
-                batch = Rollout(*(torch.as_tensor(array, device=run.device) for array in arrays))
+                rollouts = (np.concatenate([each[name] for each in pool], 1) for name in Rollout._fields)
+                batch = Rollout(*(torch.as_tensor(array, device=run.device) for array in rollouts))
                 if args.lr_decay:
                     decay_learning_rates(optimizer, (run.env_steps - pool_size) / args.total_timesteps)
                 metrics = update(agent, optimizer, batch, args, agent, lambda: True)
                 run.updates += 1
-                snapshot.publish(agent, run.updates)
+                workers.publish((run.updates, arrays(agent)))
                 pool = []
 
             if run.log_due():
-                run.logger.histogram(run.env_steps, "lag/histogram", lags.recent)
-                run.log(metrics | lags.metrics())
+                found = {"lag/mean": recent.mean(), "lag/max": max(recent, default=0)}
+                run.log(metrics | found | {"lag/dropped": run.env_steps - lags.total()})
+                recent.clear()
         workers.close()
-        return run.finish(**lags.results(), workers_replaced=workers.replaced)
+        found = {"lag_mean": lags.mean(), "lag_max": max(lags, default=None), "dropped": run.env_steps - lags.total()}
+        return run.finish(**found, lag_histogram=dict(sorted(lags.items())), workers_replaced=workers.replaced)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ import tyro
 from common.checkpoint import load_checkpoint
 from common.envs import make_envs
 from common.evaluate import evaluate
-from common.flags import ROOT, Count, RunArgs, UserError, check_ranges, read_args, saved_args
-from common.precision import choose_precision, set_precision
+from common.flags import ROOT, Count, RunArgs, Seed, UserError, check_ranges, read_args, saved_args
 
 
 @dataclass
@@ -25,10 +24,10 @@ class Options:
     """episodes to play"""
     video: bool = False
     """write the first episode to RUN_DIR/video.mp4"""
-    seed: Annotated[int, "[0, 4294967295]"] = 0
+    seed: Seed = 0
     """seed of the environments; 0 gives the episodes of the evaluation after training"""
-    max_steps: Count | None = None
-    """steps after which an episode is given up; by default 30,000, or ten times the longest in training"""
+    max_steps: Count = 100_000
+    """steps after which an episode is given up"""
 
 
 def load_args(run_dir: str | Path) -> RunArgs:
@@ -108,10 +107,9 @@ def main():
         check_ranges(options)
         agent, args, content = restore(options.run_dir)
         env_state = content["parts"]["envs"]
-        max_steps = options.max_steps or max(30_000, 10 * content["logger"]["longest"])
-        torch.set_num_threads(args.num_threads)  # like the precision as in the evaluation after training
-        precision = choose_precision(args.matmul_precision, agent, torch.device("cpu"), content.get("matmul_precision"))
-        set_precision(precision, "bf16" if args.matmul_precision == "medium" else "none")
+        max_steps = options.max_steps
+        torch.set_num_threads(args.num_threads)  # as in the evaluation after training
+        torch.set_float32_matmul_precision(args.matmul_precision)
         if options.video:
             try:
                 write_video(agent, args, env_state, Path(options.run_dir), options.seed, max_steps)

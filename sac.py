@@ -29,7 +29,7 @@ the mask `valid` keeps it out of the buffer and the counts. In all other steps n
 import copy
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,47 +39,31 @@ from torch.func import functional_call
 
 from common.compile import compiled
 from common.envs import make_envs
-from common.flags import Count, Fraction, Positive, RunArgs, Share, UserError
+from common.flags import Count, Fraction, Natural, Positive, RunArgs, Share, UserError
 from common.ring_buffer import RingBuffer
-from common.run import Run, isolated, run_cli
+from common.run import Run, run_cli
 
 # --- Config -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args(RunArgs):
-    env_id: str = "Pendulum-v1"
-    """environment with bounded continuous actions; `package:Name-v0` imports the package first"""
-    total_timesteps: Count = 20_000
-    """environment steps (transitions of all environments together) to train for"""
-    num_envs: Count = 1
-    """environments that step in parallel"""
-    gamma: Fraction = 0.99
-    """discount γ"""
-    buffer_size: Count = 1_000_000
-    """transitions that the replay buffer holds"""
-    learning_starts: Annotated[int, "[0, inf)"] = 1_000
-    """transitions, of uniformly random actions, that the first update waits for"""
-    batch_size: Count = 256
-    """B, transitions of the buffer in one update"""
-    updates_per_step: Annotated[float, "(0, 1000]"] = 1.0
-    """updates for every transition, of however many environments"""
-    num_critics: Count = 2
-    """M, number of critics; targets use the smallest estimate"""
-    estimator: Literal["reparam", "score"] = "reparam"
-    """gradient of the actor: through the action into Q (D16), or the score function's with leave-one-out baseline"""
-    num_action_samples: Count = 1
-    """K, actions the policy samples at every state of the batch; --estimator score needs 2 or more (D14)"""
-    alpha: Literal["auto"] | Positive = "auto"
-    """α, weight of the entropy: tuned to an entropy of −dim A, or a fixed number"""
-    tau: Share = 0.005
-    """τ, share of the critics that their averaged copy takes over in an update"""
-    actor_lr: Positive = 3e-4
-    """learning rate of the actor and of the temperature"""
-    critic_lr: Positive = 1e-3
-    """learning rate of the critics"""
-    compile: bool = False
-    """torch.compile the update, which takes up to a minute before the first one; on a GPU with CUDA graphs"""
+    env_id: str = "Pendulum-v1"  # environment with bounded continuous actions; `package:Name-v0` imports the package
+    total_timesteps: Count = 20_000  # environment steps (of all environments together) to train for
+    num_envs: Count = 1  # N, environments that step in parallel
+    gamma: Fraction = 0.99  # discount γ
+    buffer_size: Count = 1_000_000  # transitions that the replay buffer holds
+    learning_starts: Natural = 1_000  # transitions, of uniformly random actions, that the first update waits for
+    batch_size: Count = 256  # B, transitions of the buffer in one update
+    updates_per_step: Positive = 1.0  # updates for every transition, of however many environments
+    num_critics: Count = 2  # M, number of critics; targets use the smallest estimate
+    estimator: Literal["reparam", "score"] = "reparam"  # through the action into Q (D16); the score function's
+    num_action_samples: Count = 1  # K, actions sampled at every state of the batch; score needs 2 or more (D14)
+    alpha: Literal["auto"] | Positive = "auto"  # α, weight of the entropy: tuned to an entropy of −dim A, or fixed
+    tau: Share = 0.005  # τ, share of the critics that their averaged copy takes over in an update
+    actor_lr: Positive = 3e-4  # learning rate of the actor and of the temperature
+    critic_lr: Positive = 1e-3  # learning rate of the critics
+    compile: bool = False  # torch.compile the update, which takes up to a minute before the first one
 
 
 def check_flags(args: Args):
@@ -87,12 +71,9 @@ def check_flags(args: Args):
     if args.estimator == "score" and args.num_action_samples < 2:
         raise UserError("--estimator score compares an action with others: it needs --num-action-samples 2 or more.")
     if args.buffer_size < max(args.num_envs, args.batch_size):
-        raise UserError(f"--buffer-size must be at least --num-envs and --batch-size, got {args.buffer_size}.")
+        raise UserError("--buffer-size must be at least --num-envs and --batch-size.")
     if args.learning_starts >= args.total_timesteps:
-        raise UserError(
-            f"--learning-starts {args.learning_starts} must be below --total-timesteps {args.total_timesteps}: "
-            "nothing would be learned."
-        )
+        raise UserError("--learning-starts must be below --total-timesteps: nothing would be learned.")
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -318,7 +299,6 @@ def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, fused=True)
 
 
-@isolated
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)
@@ -327,9 +307,7 @@ def train(args: Args) -> dict:
     envs = make_envs(args, images=False, discrete=False)
     agent = make_agent(envs, args).to(run.device)
     optimizer = make_optimizer(agent, args)
-    obs_spec, action_spec, number = envs.obs_spec, envs.action_spec, ((), np.float32)
-    fields = {"obs": obs_spec, "actions": action_spec, "rewards": number, "next_obs": obs_spec, "terminated": number}
-    buffer = RingBuffer(args.buffer_size, fields, run.device)
+    buffer = RingBuffer(args.buffer_size, run.device)
 
     with run.open(agent=agent, envs=envs, optimizer=optimizer, buffer=buffer):
         if args.alpha != "auto":

@@ -1,33 +1,52 @@
-"""Checkpoints: written whole or not at all, loaded without executing anything, with every random generator inside."""
+"""Run folders and their checkpoints: written whole or not at all, with every random generator inside."""
 
+import json
 import os
 import random
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.flags import UserError
+from common.flags import UserError, read_args
 
 FORMAT = "actor-critic checkpoint 2"
+
+
+def find_folder(args, script: str) -> tuple[str, dict | None]:
+    """The run folder's name, and the checkpoint in it if it is to be resumed; UserError if flags do not fit it."""
+    if args.resume is not None:
+        if args.run_dir is not None:
+            raise UserError("--resume goes on in its own folder; leave --run-dir away.")
+        saved = load_checkpoint(args.resume, script)
+        if args.total_timesteps < min(saved["env_steps"], read_args(args.resume)["total_timesteps"]):
+            steps = f"{saved['env_steps']:,} environment steps already"
+            raise UserError(f"{str(args.resume)!r} has {steps}; give more --total-timesteps.")
+        return str(args.resume), saved
+    env = args.env_id.replace("/", "-").replace(":", "-")
+    name = str(args.run_dir or f"runs/{env}__{script}__{args.seed}__{time.time_ns()}")
+    if os.path.exists(name) and (os.path.isfile(name) or os.listdir(name)):
+        raise UserError(f"--run-dir {name!r} is already in use; name another, or go on with --resume.")
+    return name, None
+
+
+def write_json(path: Path, content: dict):
+    """Atomic: a killed run leaves the old file or the new one."""
+    text = json.dumps(content, indent=2, default=lambda x: x.item() if isinstance(x, np.generic) else str(x))
+    path.with_suffix(".tmp").write_text(text + "\n")
+    path.with_suffix(".tmp").replace(path)
 
 
 def save_checkpoint(run_dir: Path, content: dict):
     """Writes run_dir/checkpoint.pt: temporary file, flush to the disk, rename. There is always one whole checkpoint."""
     path = run_dir / "checkpoint.pt"
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "random": random_state()} | content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, in the middle of a full disk
-        reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise UserError(f"{str(path)!r} cannot be written ({reason}); the last checkpoint stays.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save({"format": FORMAT, "random": random_state()} | content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    path.with_suffix(".tmp").replace(path)
 
 
 def load_checkpoint(run_dir: str | Path, script: str) -> dict:
@@ -36,21 +55,13 @@ def load_checkpoint(run_dir: str | Path, script: str) -> dict:
     if not path.is_file():
         raise UserError(f"{str(run_dir)!r} holds no checkpoint.pt: remove it if the run ended before its first one.")
     try:
-        if zipfile.ZipFile(path).testzip() is not None:  # every member has a checksum, at which torch does not look
-            raise ValueError
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        form = content["format"]
-    except PermissionError as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
+        if zipfile.ZipFile(path).testzip() is None:  # every member has a checksum, at which torch does not look
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if (content["format"], content["script"]) == (FORMAT, script):
+                return content
     except Exception:  # a damaged zip, a foreign pickle, no dictionary: torch raises many types
-        form = None
-    if form == "actor-critic checkpoint 1":
-        raise UserError(f"{str(path)!r} was written by an earlier version of this project, whose networks differ.")
-    if form != FORMAT:
-        raise UserError(f"{str(path)!r} is damaged or was not written by this project.")
-    if content["script"] != script:
-        raise UserError(f"{str(path)!r} was written by {content['script']}.py, not by {script}.py.")
-    return content
+        pass
+    raise UserError(f"{str(path)!r} is damaged or was not written by this version of {script}.py.")
 
 
 def env_seed(seed: int, env_steps: int, *worker: int) -> int:

@@ -1,16 +1,11 @@
 """torch.compile for an update: everything from the targets to the target network in one graph."""
 
-import copy
-import signal
 import sys
-from contextlib import contextmanager, nullcontext
 from types import FunctionType
 
 import torch
 from torch.optim.adam import adam
 from tqdm import tqdm
-
-from common.flags import UserError
 
 
 class GraphOptimizer:
@@ -21,7 +16,6 @@ class GraphOptimizer:
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self._optimizer = optimizer
-        self._step = adam_step if isinstance(optimizer, torch.optim.Adam) else rmsprop_step
         self.param_groups = []
         for group in optimizer.param_groups:
             params = group["params"]
@@ -32,14 +26,10 @@ class GraphOptimizer:
             state = {name: [optimizer.state[p][name] for p in params] for name in optimizer.state[params[0]]}
             lr = torch.tensor(float(group["lr"]), device=params[0].device)
             self.param_groups.append(group | {"lr": lr, "state": state})
-        self._rates = [group["lr"] for group in optimizer.param_groups]
 
     def take_rates(self):
-        rates = [group["lr"] for group in self._optimizer.param_groups]
-        if rates != self._rates:
-            self._rates = rates
-            for group, rate in zip(self.param_groups, rates):
-                group["lr"].fill_(rate)
+        for group, source in zip(self.param_groups, self._optimizer.param_groups):
+            group["lr"].fill_(source["lr"])
 
     def zero_grad(self):
         for group in self.param_groups:
@@ -48,8 +38,9 @@ class GraphOptimizer:
 
     @torch.no_grad()
     def step(self):
+        step = adam_step if isinstance(self._optimizer, torch.optim.Adam) else rmsprop_step
         for group in self.param_groups:
-            self._step(group["params"], [p.grad for p in group["params"]], group)
+            step(group["params"], [p.grad for p in group["params"]], group)
 
 
 def adam_step(params, grads, group):
@@ -67,78 +58,22 @@ def rmsprop_step(params, grads, group):
         p.sub_(group["lr"] * grad / (square_avg + group["eps"]).sqrt())
 
 
-@contextmanager
-def without_signals():
-    """Ctrl-C is for all processes of a terminal: without this it would end a C++ compiler, and its failure the run."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class Replay:
-    """Calls of step(agent, optimizer, batch, args) on a GPU as replays of one CUDA graph: a launch instead of hundreds.
-
-    Always with the same agent, optimizer and args. Random numbers differ from replay to replay (torch sees to it).
-    """
-
-    def __init__(self, step):
-        self._step, self._calls, self._stream = step, 0, torch.cuda.Stream()
-        self._graph = torch.cuda.CUDAGraph()
-
-    def __call__(self, agent, optimizer, batch, args):
-        self._calls += 1
-        if self._calls <= 3:  # what torch does at the first calls must not be recorded, nor run in the usual stream
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                metrics = self._step(agent, optimizer, batch, args)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return metrics
-        if self._calls == 4:
-            self._batch = copy.deepcopy(batch)
-            with torch.cuda.graph(self._graph):  # records, and runs nothing
-                self._metrics = self._step(agent, optimizer, self._batch, args)
-        for place, tensor in zip(tensors(self._batch), tensors(batch)):
-            place.copy_(tensor)
-        self._graph.replay()
-        return self._metrics
-
-
-def tensors(batch) -> list[torch.Tensor]:
-    """Of a NamedTuple or a SimpleNamespace."""
-    return list(batch) if isinstance(batch, tuple) else list(vars(batch).values())
-
-
 def compiled(update, device: torch.device):
-    """The same update as one graph; on a GPU as a CUDA graph. Raises UserError if that does not work here."""
-    print("trying torch.compile, which takes seconds", file=sys.stderr)
-    try:
-        with without_signals():  # here torch starts the threads and processes that will compile
-            torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"--compile needs what torch.compile needs, a C++ compiler above all: {reason}") from None
+    """The same update as one graph."""
     options = {"fallback_random": True}  # draws from torch's own generators
     if device.type == "cuda":
         options["loop_ordering_after_fusion"] = False  # fails on torch._foreach functions (torch 2.11)
     # With a code object of its own: what one compiled run has learned of shapes and flags, no other has to check
     update = FunctionType(update.__code__.replace(), update.__globals__, update.__name__)
     graph = torch.compile(update, fullgraph=True, options=options)
-    graph = Replay(graph) if device.type == "cuda" else graph
     optimizers = []  # the state is there when the first update comes, not before a run is resumed
 
     @torch._dynamo.config.patch(trace_autograd_ops=True)  # lets backward() stay inside the graph
     def compiled_update(agent, optimizer, batch, args):
-        with nullcontext() if optimizers else without_signals():
-            if not optimizers:
-                tqdm.write("compiling the update: up to a minute, in which Ctrl-C has to wait", file=sys.stderr)
-                optimizers.append(GraphOptimizer(optimizer))
-            optimizers[0].take_rates()
-            metrics = graph(agent, optimizers[0], batch, args)
-        return {name: value.clone() for name, value in metrics.items()}  # the next call may use their memory again
+        if not optimizers:
+            tqdm.write("compiling the update: up to a minute", file=sys.stderr)
+            optimizers.append(GraphOptimizer(optimizer))
+        optimizers[0].take_rates()
+        return graph(agent, optimizers[0], batch, args)
 
     return compiled_update

@@ -3,25 +3,22 @@
 import numpy as np
 import torch
 
-from common.checkpoint import env_seed, random_state, restore_random, seed_generators
+from common.checkpoint import env_seed, seed_generators
 from common.envs import make_envs
 from common.flags import UserError
 
 
 @torch.no_grad()
-def evaluate(
-    agent, args, env_state: dict, episodes: int, seed=0, max_steps=30_000, on_step=lambda envs, obs: None, render=False
-):
+def evaluate(agent, args, env_state, episodes, seed=0, max_steps=100_000, on_step=lambda *_: None, render=False):
     """Greedy returns and lengths, each (episodes,), in fresh environments with frozen statistics.
 
     Episode i starts from a seed made of `seed` and i, whatever trained the agent. They are played in rounds of as many
-    as training had, which makes no difference where each environment has a generator of its own. `on_step` is called
-    before each step with environments and observations; `render`: one environment, with pictures. Raises UserError if
-    an episode has more than `max_steps`.
+    as training had. `on_step` is called before each step with environments and observations; `render`: one
+    environment, with pictures. Raises UserError if an episode has more than `max_steps`.
     """
     device = next(agent.parameters()).device
-    num_envs = 1 if render else min(episodes, args.total_envs())
-    returns, lengths, generators = np.zeros(episodes), np.zeros(episodes, int), random_state()
+    num_envs = 1 if render else min(episodes, args.num_envs)
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, int)
     envs = make_envs(args, num_envs, evaluation=True, render=render)
     try:
         envs.load_state_dict(env_state)
@@ -42,11 +39,7 @@ def evaluate(
                 if not playing:
                     break
             else:
-                raise UserError(
-                    f"A greedy episode of {args.env_id} does not end within {max_steps:,} steps; "
-                    "register it with max_episode_steps, or give evaluate.py a larger --max-steps."
-                )
+                raise UserError(f"A greedy episode of {args.env_id} does not end within {max_steps:,} steps.")
     finally:
-        restore_random(generators)
         envs.close()
     return returns.tolist(), lengths.tolist()

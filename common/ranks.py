@@ -3,12 +3,15 @@
     torchrun --standalone --nproc-per-node 2 a2c_sync.py --num-envs 64
 
 torchrun starts the processes and restarts them; torch.distributed adds up. Every rank holds the same parameters and
-optimizer state and makes the same updates; only the first one writes. Without torchrun nothing here runs.
+optimizer state and makes the same updates; only the first one writes. common/run.py takes DistributedRun and run_cli
+from here where torchrun has started it.
 """
 
 import atexit
+import copy
 import os
 import shutil
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -19,16 +22,119 @@ import torch
 import torch.distributed as dist
 
 from common.checkpoint import env_seed, random_state, seed_generators
-from common.flags import UserError, read_args, saved_args
+from common.flags import UserError, parse, read_args, saved_args
+from common.run import Run
 
 JOB = os.environ.get("TORCHELASTIC_RUN_ID")  # of torchrun; a cluster may set WORLD_SIZE for purposes of its own
 SIZE, RANK = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if JOB else (1, 0)
-RESTARTED = SIZE > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 TIMEOUT = timedelta(minutes=10)  # for the slowest rank, at whatever all wait for
 
 
+def run_cli(train, Args):
+    """As that of common/run.py."""
+    try:
+        train(by_first(lambda: restarted(parse(train, Args))))
+        leave()
+    except UserError as error:
+        sys.exit(failed(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RuntimeError as error:
+        sys.exit(lost(error))
+
+
+class DistributedRun(Run):
+    """A rank's view of the one run: counts are those of all ranks, the script's args.num_envs is the rank's share."""
+
+    launcher = "torchrun ..."
+
+    def __init__(self, args, script: str):
+        start()
+        check(args, Path(script))
+        self._heard, self.share = None, 1.0  # signal; part of the last batch
+        super().__init__(copy.copy(args), script)
+        self._made_by["job"] = JOB
+        args.num_envs = part(args.num_envs)
+
+    def _find_folder(self):
+        return by_first(super()._find_folder)
+
+    def open(self, agent, envs, **parts):
+        """All ranks begin with the same parameters, add up their gradients, and draw other noise each."""
+        self.reduce = GradientSum(agent, lambda: self.share).reduce
+        if self.args.normalize_obs:
+            envs.env.obs_rms.update = Moments(envs.env.obs_rms)
+        seed_generators(env_seed(self.args.seed, 2**62, RANK))
+        return super().open(agent=agent, envs=envs, **parts)
+
+    def _open_folder(self, stack, log):
+        by_first(lambda: super(DistributedRun, self)._open_folder(stack, log))
+        if RANK > 0:
+            self.logger = Follower()
+
+    def _restore(self, saved: dict):
+        super()._restore(saved | {"random": own_random_state(saved, self.args)})
+
+    def _on_signal(self, number, frame):
+        if self._is_trained or number == self._heard == signal.SIGINT:
+            self._stop_signal = self._heard
+            super()._on_signal(number, frame)
+        self._heard = number
+
+    def _stop(self, number: int):
+        self.logger.close()
+        wait()  # torchrun ends all ranks when one has ended: not before the first has saved
+        if RANK > 0:
+            raise SystemExit(128 + signal.SIGTERM)
+        super()._stop(number)
+
+    def env_seed(self) -> int:
+        return env_seed(self.args.seed, self.env_steps, RANK)
+
+    def save(self):
+        self._gather_episodes()
+        super().save(ranks=gathered(random_state()))
+
+    def _write(self, content: dict):
+        if RANK == 0:
+            super()._write(content)
+
+    def new_steps(self) -> int:
+        """Those of all ranks, which hear of a signal here."""
+        own_steps = super().new_steps()
+        steps, signals = total(own_steps, self._heard is not None)
+        self.share = own_steps / max(steps, 1)
+        if signals > 0:
+            self._stop_signal = self._heard or signal.SIGTERM
+        self.env_steps += int(steps) - own_steps
+        return int(steps)
+
+    def log(self, metrics: dict):
+        if self.log_due():
+            values = total(*(self.share * float(x) for x in metrics.values()))
+            metrics = dict(zip(metrics, values))
+            self._gather_episodes()
+        super().log(metrics)
+
+    def _gather_episodes(self):
+        """On the first rank, the episodes that the others have seen end since the last call."""
+        things = gathered(getattr(self.logger, "unsent", []))
+        if RANK > 0:
+            self.logger.unsent = []
+        else:
+            for episodes in (episodes for one in things[1:] for episodes in one):
+                self.logger.episodes(self.env_steps, episodes)
+
+    def finish(self, **extra) -> dict:
+        if self.env_steps > self._saved_steps:
+            self.save()
+        wait()
+        return super().finish(**extra) if RANK == 0 else {}
+
+
 def start():
-    if SIZE > 1 and not dist.is_initialized():
+    if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group(timeout=TIMEOUT)  # gloo for a CPU's tensors, NCCL for a GPU's
@@ -37,17 +143,15 @@ def start():
 
 def leave():
     """Ends this rank, when all is done. In Python's own way torch's threads may abort it (once in 22 launches)."""
-    if SIZE > 1:
-        atexit._run_exitfuncs()  # destroys the process group, too
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(0)
+    atexit._run_exitfuncs()  # destroys the process group, too
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def wait():
     """Until all ranks are here."""
-    if dist.is_initialized():
-        dist.barrier()
+    dist.barrier()
 
 
 def part(num_envs: int) -> int:
@@ -57,8 +161,6 @@ def part(num_envs: int) -> int:
 
 def total(*numbers: float) -> list[float]:
     """Each number added up over all ranks."""
-    if SIZE == 1:
-        return list(numbers)
     numbers = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(numbers)
     return numbers.tolist()
@@ -66,8 +168,6 @@ def total(*numbers: float) -> list[float]:
 
 def gathered(thing) -> list:
     """What each rank gives, on all of them."""
-    if SIZE == 1:
-        return [thing]
     things = [None] * SIZE
     dist.all_gather_object(things, thing)
     return things
@@ -75,8 +175,6 @@ def gathered(thing) -> list:
 
 def by_first(make):
     """What make() returns on the first rank, on all of them. Where it fails there, all end."""
-    if SIZE == 1:
-        return make()
     start()
     result, failure = [None], None
     if RANK == 0:
@@ -94,13 +192,13 @@ def by_first(make):
 
 
 def check(args, script: Path):
-    if SIZE > 1 and script.stem != "a2c_sync":
+    if script.stem != "a2c_sync":
         raise UserError(f"{script.name} is one process; torchrun is for a2c_sync.py (docs/scale.md).")
-    if SIZE > 1 and args.compile:
+    if args.compile:
         raise UserError("--compile is for one process.")
-    if SIZE > 1 and args.device != "cpu" and 0 < torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+    if args.device != "cpu" and 0 < torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
         raise UserError("a machine has more ranks than GPUs: fewer ranks, or --device cpu.")
-    if args.num_envs is not None and args.num_envs < SIZE:
+    if args.num_envs < SIZE:
         raise UserError(f"--num-envs {args.num_envs} does not give each of {SIZE} ranks an environment.")
 
 
@@ -129,16 +227,9 @@ def failed(error: UserError) -> str:
 
 def lost(error: RuntimeError) -> str:
     """What a rank ends with that another one has left; raises what has another cause."""
-    if SIZE == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+    if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
         raise error
     return f"rank {RANK} has lost the others: {' '.join(str(error).split())[:200]}"
-
-
-def join(run, agent: torch.nn.Module):
-    """All ranks begin with the same parameters, add up their gradients, and draw other noise each."""
-    if SIZE > 1:
-        run.reduce = GradientSum(agent, lambda: run.share).reduce
-        seed_generators(env_seed(run.args.seed, 2**62, RANK))
 
 
 def own_random_state(saved: dict, args) -> dict:
@@ -155,34 +246,17 @@ def own_random_state(saved: dict, args) -> dict:
 class Follower:
     """The logger of every rank but the first, which writes what all have seen."""
 
-    longest = 1
-
     def __init__(self):
         self.unsent = []
 
     def episodes(self, env_steps: int, episodes: list):
         self.unsent.append(episodes)
 
-    def seconds(self) -> float:
-        return 1.0
-
     def state_dict(self) -> dict:
         return {}
 
     def log(self, *_): ...
-    def progress(self, *_): ...
     def close(self): ...
-
-
-def episodes_of_others(logger) -> list:
-    """On the first rank, the episodes that the others have seen end since the last call."""
-    if SIZE == 1:
-        return []
-    things = gathered(getattr(logger, "unsent", []))
-    if RANK > 0:
-        logger.unsent = []
-        return []
-    return [episodes for one in things[1:] for episodes in one]
 
 
 class GradientSum:

@@ -1,9 +1,6 @@
 """The first-in-first-out replay buffer (D8)."""
 
-import math
-import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,31 +10,28 @@ from common.flags import UserError
 
 
 class RingBuffer:
-    """The newest `capacity` transitions, on the device that learns from them.
+    """The newest `capacity` transitions, on the device that learns from them. Whole numbers keep their type, all else
+    is float32; `fields`: name -> (capacity, ...), made when the first transitions come."""
 
-    fields: name -> (shape, dtype) of one transition's entry. Raises UserError if the device has too little memory.
-    """
-
-    def __init__(self, capacity: int, fields: dict[str, tuple[tuple, type]], device: torch.device | str = "cpu"):
-        row = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in fields.values())
-        device = torch.device(device)
-        available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-        if capacity * row > available:
-            raise UserError(
-                f"A buffer of {capacity:,} transitions of {row:,} bytes takes {capacity * row / 1e9:,.1f} GB and "
-                f"{'the GPU' if device.type == 'cuda' else 'this machine'} has {available / 1e9:,.1f} GB free: "
-                f"--buffer-size {int(0.8 * available / row)} would fit."
-            )
-        print(f"replay buffer: {capacity:,} transitions, {capacity * row / 1e6:,.0f} MB when full", file=sys.stderr)
-        self.capacity, self.device = capacity, device
+    def __init__(self, capacity: int, device: torch.device | str = "cpu"):
+        self.capacity, self.device, self.fields = capacity, torch.device(device), {}
         self.size = self.position = 0  # transitions stored; where the next one goes
-        self.fields = {}
-        for name, (shape, dtype) in fields.items():
-            zeros = torch.from_numpy(np.zeros((capacity, *shape), dtype))  # takes memory where it is written to
-            self.fields[name] = zeros.to(device)
+
+    def _make_fields(self, values: dict[str, np.ndarray]):
+        try:
+            for name, x in values.items():
+                dtype = x.dtype if x.dtype.kind in "iu" else np.float32
+                zeros = torch.from_numpy(np.zeros((self.capacity, *x.shape[1:]), dtype))  # no memory until written to
+                self.fields[name] = zeros.to(self.device)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise UserError("The replay buffer does not fit into memory; give less --buffer-size.") from None
+        size = sum(field.nbytes for field in self.fields.values())
+        print(f"replay buffer: {self.capacity:,} transitions, {size / 1e6:,.0f} MB when full", file=sys.stderr)
 
     def add(self, valid: np.ndarray, **values: np.ndarray):
         """Stores the transitions for which `valid` (N,) is true; values (N, ...) each, N at most the capacity."""
+        if not self.fields:
+            self._make_fields(values)
         num_new = int(np.count_nonzero(valid))
         end = self.position + num_new
         everything = num_new == len(valid)
@@ -66,24 +60,10 @@ class RingBuffer:
         return {"capacity": self.capacity, "position": self.position, "fields": filled}
 
     def load_state_dict(self, state: dict):
-        if state["capacity"] != self.capacity or state["fields"].keys() != self.fields.keys():
-            raise ValueError(f"the buffer has room for {state['capacity']} transitions of {', '.join(state['fields'])}")
+        if state["capacity"] != self.capacity:
+            raise ValueError(f"the buffer has room for {state['capacity']} transitions")
         self.position = state["position"]
+        self._make_fields({name: x.numpy() for name, x in state["fields"].items()})
         for name, field in self.fields.items():
             self.size = len(state["fields"][name])
             field[: self.size] = state["fields"][name]
-
-
-def available_memory() -> int:
-    """Bytes that are free on this machine, at most those that are left of what a container allows."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: all there is, where the system tells
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
-    try:
-        allowed, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        return min(free, allowed - used + int(counts["inactive_file"]))  # files in memory make room when it is wanted
-    except (OSError, ValueError):  # no container, or one without a limit
-        return free

@@ -16,8 +16,6 @@ from a2c_sync import Args, make_agent, train
 from common.checkpoint import env_seed
 from common.envs import Envs, make_envs
 from common.evaluate import evaluate
-from common.precision import get_precision
-from common.run import isolated
 from evaluate import load_agent
 
 NORMALIZED = {"env_id": "Pendulum-v1", "normalize_obs": True, "total_timesteps": 2_000, "num_envs": 4}

@@ -31,7 +31,6 @@ from common.envs import make_envs
 from common.evaluate import evaluate
 from common.flags import UserError
 from common.logger import Logger
-from common.precision import get_precision
 from common.run import run_cli
 from common.workers import Workers
 from evaluate import load_agent, load_args, write_video

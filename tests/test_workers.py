@@ -17,7 +17,6 @@ from helpers import checkpoint, children, processes, session_members, wait_for
 
 from common import workers as workers_module
 from common.flags import UserError
-from common.precision import get_precision, set_precision
 from common.workers import Mailbox, Snapshot, Workers
 
 FIELDS = {"number": ((), np.int64), "block": ((50, 50), np.float32)}

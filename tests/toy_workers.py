@@ -7,8 +7,6 @@ import time
 
 import numpy as np
 
-from common.precision import get_precision
-
 
 def put_for_ever(mailbox):
     number = 0
