@@ -51,6 +51,7 @@ class Args(RunArgs):
     critic_lr: Positive | None = None  # learning rate of the critic; by default that of the actor
     lr_decay: bool = True  # let the learning rates fall linearly to 0 at --total-timesteps
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # with ε inside the root, as in the published results; or Adam
+    rmsprop_eps: Positive = 1e-5  # ε inside RMSProp's root; 1e-8 for images, whose gradients are smaller (docs)
     max_grad_norm: Positive | None = None  # gradients of a network are scaled down to this norm; 0.5 is usual (docs)
     normalize_obs: bool = False  # shift and scale each element of a vector observation by its running mean and variance
     reward_scale: Positive = 1.0  # factor of the rewards that are learned from; less than 1 for returns in the hundreds
@@ -109,16 +110,16 @@ class Categorical:
     def __init__(self, logits):
         self.log_probs = logits.log_softmax(-1)
 
-    def sample(self):
+    def sample(self, *num):
         # The Gumbel-max trick: the largest of log p + Gumbel noise is action a with probability p(a)
-        gumbel = -torch.empty_like(self.log_probs).exponential_().log()
+        gumbel = -self.log_probs.new_empty(*num, *self.log_probs.shape).exponential_().log()
         return (self.log_probs + gumbel).argmax(-1)
 
     def mode(self):
         return self.log_probs.argmax(-1)
 
     def log_prob(self, actions):
-        return self.log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        return self.log_probs.expand(*actions.shape, -1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
     def entropy(self):
         return -(self.log_probs.exp() * self.log_probs).sum(-1)
@@ -130,8 +131,9 @@ class Gaussian:
     def __init__(self, mean, log_std):
         self.mean, self.log_std = mean, log_std
 
-    def sample(self):
-        return self.mean + self.log_std.exp() * torch.randn_like(self.mean)
+    def sample(self, *num):
+        noise = torch.randn(*num, *self.mean.shape, device=self.mean.device)
+        return self.mean + self.log_std.exp() * noise
 
     def mode(self):
         return self.mean
@@ -202,6 +204,8 @@ class ActorCritic(nn.Module):
 
 def gae(values, rewards, terminated, done, gamma, gae_lambda):
     """Â and R, generalized advantage estimation (arXiv 1506.02438 eq. 11, 16); values (T + 1, N), the rest (T, N)."""
+    assert values[1:].shape == rewards.shape == terminated.shape == done.shape
+    terminated, done = terminated.to(values.dtype), done.to(values.dtype)  # they may be bool
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]  # (1)
     decays = gamma * gae_lambda * (1 - done)
     advantage, advantages = torch.zeros_like(rewards[0]), []
@@ -212,12 +216,6 @@ def gae(values, rewards, terminated, done, gamma, gae_lambda):
     return advantages, advantages + values[:-1]  # (3)
 
 
-def masked_mean(x, valid):
-    """Mean over the transitions; x and valid (T, N)."""
-    assert x.shape == valid.shape
-    return (x * valid).sum() / valid.sum().clamp(min=1)
-
-
 def critic_loss_fn(values, returns, valid):
     """Regression on the λ-returns; values carry the gradient, returns are constants. All (T, N)."""
     return 0.5 * masked_mean((values - returns) ** 2, valid)  # (4)
@@ -226,6 +224,12 @@ def critic_loss_fn(values, returns, valid):
 def actor_loss_fn(log_probs, advantages, entropy, ent_coef, valid):
     """Policy gradient with entropy bonus, arXiv 1602.01783 section 4; advantages are constants. All (T, N)."""
     return -masked_mean(log_probs * advantages, valid) - ent_coef * masked_mean(entropy, valid)  # (5)
+
+
+def masked_mean(x, valid):
+    """Mean over the transitions; x and valid (T, N)."""
+    assert x.shape == valid.shape
+    return (x * valid).sum() / valid.sum().clamp(min=1)
 
 
 # --- Update -----------------------------------------------------------------------------------------------------------
@@ -260,12 +264,8 @@ def loss_fn(agent, batch, args):
     actor_loss = actor_loss_fn(log_probs, advantages, entropy, args.ent_coef, valid)
 
     loss = actor_loss + args.value_coef * critic_loss  # (6)
-    metrics = {
-        "critic_loss": critic_loss,
-        "actor_loss": actor_loss,
-        "value": masked_mean(values[:-1], valid),
-        "entropy": masked_mean(entropy, valid),
-    }
+    metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss}
+    metrics |= {"value": masked_mean(values[:-1], valid), "entropy": masked_mean(entropy, valid)}
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -288,26 +288,23 @@ def decay_learning_rates(optimizer, progress):
         group["lr"] = group["initial_lr"] * max(0.0, 1 - progress)
 
 
-def trunk_gradients(agent, batch, args, reduce=lambda gradient: gradient):
-    """How the two losses pull at the shared trunk (D2): the norm of either gradient, and the cosine between them.
-
-    reduce: what makes the gradient that of all ranks, if there are several.
-    """
+def trunk_gradients(agent, batch, args):
+    """How the two losses pull at the shared trunk (D2): the norm of either gradient, and the cosine between them."""
 
     def gradient(value_coef):
         loss, _ = loss_fn(agent, batch, SimpleNamespace(**vars(args) | {"value_coef": value_coef}))
-        return reduce(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.encoder.parameters()))]))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.encoder.parameters()))])
 
-    actor_grad = gradient(value_coef=0.0)
-    critic_grad = gradient(args.value_coef) - actor_grad  # the loss is a sum of the two
-    return {
-        "trunk_actor_grad": actor_grad.norm(),
-        "trunk_critic_grad": critic_grad.norm(),
-        "trunk_grad_cosine": torch.cosine_similarity(actor_grad, critic_grad, dim=0),
-    }
+    actor = gradient(value_coef=0.0)
+    critic = gradient(args.value_coef) - actor  # the loss is a sum of the two
+    cosine = torch.cosine_similarity(actor, critic, dim=0)
+    return {"trunk_actor_grad": actor.norm(), "trunk_critic_grad": critic.norm(), "trunk_grad_cosine": cosine}
 
 
 # --- Train ------------------------------------------------------------------------------------------------------------
+# Run checks the flags and seeds all random generators. run.open makes or resumes the run folder, keeps its arguments in
+# checkpoints, and closes all at the end; run.count and run.log write metrics.csv and TensorBoard; run.finish evaluates.
+# make_envs builds the environments: observations are float32 or uint8 images, actions lie in [-1, 1] or begin at 0.
 
 
 def make_agent(envs, args: Args) -> ActorCritic:
@@ -320,7 +317,9 @@ def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
     if args.network == "shared":
         networks = [(agent, args.actor_lr)]
     groups = [{"params": list(network.parameters()), "lr": lr, "initial_lr": lr} for network, lr in networks]
-    return RMSpropA3C(groups) if args.optimizer == "rmsprop" else torch.optim.Adam(groups, fused=True)
+    if args.optimizer == "adam":
+        return torch.optim.Adam(groups, fused=True)
+    return RMSpropA3C(groups, eps=args.rmsprop_eps)
 
 
 def make_rollout(envs, T: int, N: int) -> Rollout:
@@ -332,6 +331,18 @@ def make_rollout(envs, T: int, N: int) -> Rollout:
     return Rollout(obs, actions, rewards, terminated, done)
 
 
+def act(agent: ActorCritic, envs, rollout: Rollout):
+    """Fills the rollout with the agent's parameters (D5); yields transitions and ended episodes of each step."""
+    obs, actions, rewards, terminated, done = rollout
+    device = next(agent.parameters()).device
+    obs[0], done[0] = obs[-1], done[-1]
+    for t in range(len(actions)):
+        actions[t] = agent.act(torch.as_tensor(obs[t], device=device)).cpu()
+        obs[t + 1], rewards[t], terminated[t], truncated, episodes = envs.step(actions[t])
+        done[t + 1] = np.maximum(terminated[t], truncated)
+        yield envs.num_envs - int(done[t].sum()), episodes
+
+
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)
@@ -340,36 +351,27 @@ def train(args: Args) -> dict:
     envs = make_envs(args)
     agent = make_agent(envs, args).to(run.device)
     optimizer = make_optimizer(agent, args)
-
-    T, N = args.num_steps, envs.num_envs
-    rollout = make_rollout(envs, T, N)
-    obs, actions, rewards, terminated, done = rollout
+    rollout = make_rollout(envs, args.num_steps, envs.num_envs)
 
     with run.open(agent=agent, envs=envs, optimizer=optimizer):
-        obs[T], _ = envs.reset(seed=run.env_seed())
+        rollout.obs[-1], _ = envs.reset(seed=run.env_seed())
         while run.env_steps < args.total_timesteps:
             if run.checkpoint_due():
                 run.save()
-                obs[T], _ = envs.reset(seed=run.env_seed())  # simulators cannot be saved: all start anew
-                done[T] = 0
+                rollout.obs[-1], _ = envs.reset(seed=run.env_seed())  # simulators cannot be saved: all start anew
+                rollout.done[-1] = 0
             if args.lr_decay:
                 decay_learning_rates(optimizer, run.env_steps / args.total_timesteps)
 
-            # Act: all environments with the same parameters (D5)
-            obs[0], done[0] = obs[T], done[T]
-            for t in range(T):
-                actions[t] = agent.act(torch.as_tensor(obs[t], device=run.device)).cpu()
-                obs[t + 1], rewards[t], terminated[t], truncated, episodes = envs.step(actions[t])
-                done[t + 1] = np.maximum(terminated[t], truncated)
-                run.count(N - int(done[t].sum()), episodes)
+            # Act
+            for steps, episodes in act(agent, envs, rollout):
+                run.count(steps, episodes)
             if run.new_steps() == 0:
                 continue
 
             # Learn
             batch = Rollout(*(torch.as_tensor(array, device=run.device) for array in rollout))
-            conflict = {}
-            if args.network == "shared" and run.log_due():
-                conflict = trunk_gradients(agent, batch, args, run.reduce)
+            conflict = trunk_gradients(agent, batch, args) if args.network == "shared" and run.log_due() else {}
             metrics = update_fn(agent, optimizer, batch, args)
             run.updates += 1
             run.log(metrics | conflict)

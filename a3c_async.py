@@ -57,7 +57,8 @@ class Args(RunArgs):
     engine: Literal["processes", "ray"] = "processes"  # pooled's workers: of this machine, or of a Ray cluster
     batch_size: Count = 128  # transitions of a pooled update, at least; hogwild's has those of one rollout, T x N
     max_lag: Natural | None = None  # transitions from parameters more updates old than this are dropped (D7)
-    slow_worker: NonNegative = 0.0  # seconds that worker 0 sleeps at every step, to see what a laggard does
+    slow_worker: NonNegative = 0.0  # seconds that worker 0 is slower at every step, to see what a laggard does
+    worker_timeout: Positive = 300.0  # seconds without a rollout after which a worker is replaced
     network: Literal["separate", "shared"] = "separate"  # two networks (D1), or one trunk with two heads (D2)
     gamma: Fraction = 0.99  # discount γ
     gae_lambda: Fraction = 0.95  # λ of the advantage; 1 gives n-step returns, 0 the one-step δ
@@ -77,9 +78,7 @@ def check_flags(args: Args):
         raise UserError("--critic-lr needs separate networks; with --network shared use --actor-lr and --value-coef.")
     if args.vectorization == "async":
         raise UserError("--vectorization async: the workers are processes already; give more --num-workers.")
-    if args.update == "pooled" and args.batch_size > args.total_timesteps:
-        raise UserError("--batch-size must not exceed --total-timesteps: nothing would be learned.")
-    if args.update == "hogwild" and (args.device == "cuda" or args.engine == "ray"):
+    if args.update == "hogwild" and (args.device != "cpu" or args.engine == "ray"):
         raise UserError("--update hogwild: its workers share the memory of this machine's CPU; use --update pooled.")
     if args.engine == "ray" and importlib.util.find_spec("ray") is None:
         raise UserError('--engine ray needs an extra: pip install -e ".[ray]"')
@@ -133,16 +132,16 @@ class Categorical:
     def __init__(self, logits):
         self.log_probs = logits.log_softmax(-1)
 
-    def sample(self):
+    def sample(self, *num):
         # The Gumbel-max trick: the largest of log p + Gumbel noise is action a with probability p(a)
-        gumbel = -torch.empty_like(self.log_probs).exponential_().log()
+        gumbel = -self.log_probs.new_empty(*num, *self.log_probs.shape).exponential_().log()
         return (self.log_probs + gumbel).argmax(-1)
 
     def mode(self):
         return self.log_probs.argmax(-1)
 
     def log_prob(self, actions):
-        return self.log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        return self.log_probs.expand(*actions.shape, -1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
     def entropy(self):
         return -(self.log_probs.exp() * self.log_probs).sum(-1)
@@ -154,8 +153,9 @@ class Gaussian:
     def __init__(self, mean, log_std):
         self.mean, self.log_std = mean, log_std
 
-    def sample(self):
-        return self.mean + self.log_std.exp() * torch.randn_like(self.mean)
+    def sample(self, *num):
+        noise = torch.randn(*num, *self.mean.shape, device=self.mean.device)
+        return self.mean + self.log_std.exp() * noise
 
     def mode(self):
         return self.mean
@@ -226,6 +226,8 @@ class ActorCritic(nn.Module):
 
 def gae(values, rewards, terminated, done, gamma, gae_lambda):
     """Â and R, generalized advantage estimation (arXiv 1506.02438 eq. 11, 16); values (T + 1, N), the rest (T, N)."""
+    assert values[1:].shape == rewards.shape == terminated.shape == done.shape
+    terminated, done = terminated.to(values.dtype), done.to(values.dtype)  # they may be bool
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]  # (1)
     decays = gamma * gae_lambda * (1 - done)
     advantage, advantages = torch.zeros_like(rewards[0]), []
@@ -236,12 +238,6 @@ def gae(values, rewards, terminated, done, gamma, gae_lambda):
     return advantages, advantages + values[:-1]  # (3)
 
 
-def masked_mean(x, valid):
-    """Mean over the transitions; x and valid (T, N)."""
-    assert x.shape == valid.shape
-    return (x * valid).sum() / valid.sum().clamp(min=1)
-
-
 def critic_loss_fn(values, returns, valid):
     """Regression on the λ-returns; values carry the gradient, returns are constants. All (T, N)."""
     return 0.5 * masked_mean((values - returns) ** 2, valid)  # (4)
@@ -250,6 +246,12 @@ def critic_loss_fn(values, returns, valid):
 def actor_loss_fn(log_probs, advantages, entropy, ent_coef, valid):
     """Policy gradient with entropy bonus, arXiv 1602.01783 section 4; advantages are constants. All (T, N)."""
     return -masked_mean(log_probs * advantages, valid) - ent_coef * masked_mean(entropy, valid)  # (5)
+
+
+def masked_mean(x, valid):
+    """Mean over the transitions; x and valid (T, N)."""
+    assert x.shape == valid.shape
+    return (x * valid).sum() / valid.sum().clamp(min=1)
 
 
 # --- Update -----------------------------------------------------------------------------------------------------------
@@ -284,16 +286,25 @@ def loss_fn(agent, batch, args):
     actor_loss = actor_loss_fn(log_probs, advantages, entropy, args.ent_coef, valid)
 
     loss = actor_loss + args.value_coef * critic_loss  # (6)
-    metrics = {
-        "critic_loss": critic_loss,
-        "actor_loss": actor_loss,
-        "value": masked_mean(values[:-1], valid),
-        "entropy": masked_mean(entropy, valid),
-    }
+    metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss}
+    metrics |= {"value": masked_mean(values[:-1], valid), "entropy": masked_mean(entropy, valid)}
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def update(agent, optimizer, batch, args, shared_agent, is_fresh):
+def update(agent, optimizer, batch, args):
+    """One gradient step on a rollout."""
+    loss, metrics = loss_fn(agent, batch, args)
+    optimizer.zero_grad()
+    loss.backward()
+    if args.max_grad_norm is not None:
+        for group in optimizer.param_groups:  # each network on its own
+            nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+    optimizer.step()
+    agent.actor.bound_std()
+    return metrics
+
+
+def hogwild_update(agent, optimizer, batch, args, shared_agent, is_fresh):
     """One step of the shared parameters along the gradient of a worker's own copy, unless it has become too old."""
     loss, metrics = loss_fn(agent, batch, args)
     agent.zero_grad()  # the worker's own: they alias the shared ones, and would otherwise accumulate
@@ -316,103 +327,10 @@ def decay_learning_rates(optimizer, progress):
         group["lr"] = group["initial_lr"] * max(0.0, 1 - progress)
 
 
-# --- Work -------------------------------------------------------------------------------------------------------------
-
-
-def make_rollout(envs, T: int, N: int) -> Rollout:
-    """Storage for T steps of N environments, in NumPy arrays."""
-    (obs_shape, obs_dtype), (action_shape, action_dtype) = envs.obs_spec, envs.action_spec
-    obs = np.zeros((T + 1, N, *obs_shape), obs_dtype)  # float32, or uint8 images
-    actions = np.zeros((T, N, *action_shape), action_dtype)
-    rewards, terminated, done = (np.zeros((rows, N), np.float32) for rows in (T, T, T + 1))
-    return Rollout(obs, actions, rewards, terminated, done)
-
-
-def start_work(worker: Worker, args: Args, env_steps: int):
-    """A worker's own noise, environments, networks and rollout."""
-    seed = env_seed(args.seed, env_steps, worker.index, worker.generation)
-    seed_generators(seed)
-    N = args.num_envs // args.num_workers
-    envs = make_envs(args, N)
-    worker.at_exit.callback(envs.close)
-    agent, rollout = make_agent(envs, args), make_rollout(envs, args.num_steps, N)
-    rollout.obs[-1], _ = envs.reset(seed=seed)
-    return envs, agent, rollout
-
-
-def act(worker: Worker, args: Args, agent: ActorCritic, envs, rollout: Rollout) -> dict:
-    """Fills the rollout with the parameters that the worker has; returns what is to be counted."""
-    obs, actions, rewards, terminated, done = rollout
-    T, N = rewards.shape
-    ended = []
-    obs[0], done[0] = obs[T], done[T]
-    for t in range(T):
-        actions[t] = agent.act(torch.as_tensor(obs[t]))
-        obs[t + 1], rewards[t], terminated[t], truncated, episodes = envs.step(actions[t])
-        done[t + 1] = np.maximum(terminated[t], truncated)
-        ended += episodes
-        if worker.index == 0:
-            time.sleep(args.slow_worker)
-    return {"steps": T * N - int(done[:-1].sum()), "episodes": ended}
-
-
-def hogwild_worker(worker: Worker, args: Args, env_steps: int, shared_agent, optimizer, worker_steps, worker_updates):
-    """Learns from each of its rollouts. Entry i of the counts has one writer, worker i."""
-    envs, agent, rollout = start_work(worker, args, env_steps)
-    batch = Rollout(*map(torch.from_numpy, rollout))
-    max_lag = math.inf if args.max_lag is None else args.max_lag
-    while worker_steps.sum() < args.total_timesteps:
-        version = int(worker_updates.sum())  # before the copy: what comes in between counts as lag
-        copy_parameters(agent.parameters(), shared_agent.parameters())
-        record = act(worker, args, agent, envs, rollout)
-        if record["steps"] == 0:
-            continue
-
-        def is_fresh():
-            record["lag"] = int(worker_updates.sum()) - version  # updates of others since this worker pulled
-            return record["lag"] <= max_lag
-
-        if args.lr_decay:
-            decay_learning_rates(optimizer, int(worker_steps.sum()) / args.total_timesteps)
-        metrics = update(agent, optimizer, batch, args, shared_agent, is_fresh)
-        worker_updates[worker.index] += record["lag"] <= max_lag
-        worker.next()  # when the last record has been taken
-        worker.send(**record, metrics={name: value.item() for name, value in metrics.items()})
-        worker_steps[worker.index] += record["steps"]  # when they have been handed over
-    worker.next(), worker.next()  # enough: the main process will end this one
-
-
-def pooled_worker(worker: Worker, args: Args, env_steps: int):
-    """Hands over each of its rollouts, for the main process to learn from."""
-    envs, agent, rollout = start_work(worker, args, env_steps)
-    version, params = worker.next()
-    while True:
-        copy_parameters(agent.parameters(), map(torch.from_numpy, params))
-        record = act(worker, args, agent, envs, rollout)
-        if record["steps"] > 0:
-            worker.send(**record, version=version, **rollout._asdict())
-            version, params = worker.next()
-
-
-class Lags(Counter):
-    """How many updates old the parameters were that acted (D7): lag -> number of transitions."""
-
-    def mean(self) -> float:
-        return sum(lag * steps for lag, steps in self.items()) / max(1, self.total())
-
-    def state_dict(self) -> dict:
-        return {"all": dict(self)}
-
-    def load_state_dict(self, state: dict):
-        self.update(state["all"])
-
-
 # --- Train ------------------------------------------------------------------------------------------------------------
-
-
-def arrays(agent: ActorCritic) -> list[np.ndarray]:
-    """Copies of the parameters, to be handed over."""
-    return [p.detach().cpu().numpy().copy() for p in agent.parameters()]
+# Run checks the flags and seeds all random generators. run.open makes or resumes the run folder, keeps its arguments in
+# checkpoints, and closes all at the end; run.count and run.log write metrics.csv and TensorBoard; run.finish evaluates.
+# make_envs builds the environments: observations are float32 or uint8 images, actions lie in [-1, 1] or begin at 0.
 
 
 def make_agent(envs, args: Args) -> ActorCritic:
@@ -428,27 +346,108 @@ def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
     return RMSpropA3C(groups, eps=args.rmsprop_eps)
 
 
+def make_rollout(envs, T: int, N: int) -> Rollout:
+    """Storage for T steps of N environments, in NumPy arrays."""
+    (obs_shape, obs_dtype), (action_shape, action_dtype) = envs.obs_spec, envs.action_spec
+    obs = np.zeros((T + 1, N, *obs_shape), obs_dtype)  # float32, or uint8 images
+    actions = np.zeros((T, N, *action_shape), action_dtype)
+    rewards, terminated, done = (np.zeros((rows, N), np.float32) for rows in (T, T, T + 1))
+    return Rollout(obs, actions, rewards, terminated, done)
+
+
+def act(agent: ActorCritic, envs, rollout: Rollout):
+    """Fills the rollout with the agent's parameters (D5); yields transitions and ended episodes of each step."""
+    obs, actions, rewards, terminated, done = rollout
+    device = next(agent.parameters()).device
+    obs[0], done[0] = obs[-1], done[-1]
+    for t in range(len(actions)):
+        actions[t] = agent.act(torch.as_tensor(obs[t], device=device)).cpu()
+        obs[t + 1], rewards[t], terminated[t], truncated, episodes = envs.step(actions[t])
+        done[t + 1] = np.maximum(terminated[t], truncated)
+        yield envs.num_envs - int(done[t].sum()), episodes
+
+
+def start_work(worker: Worker, args: Args, env_steps: int):
+    """A worker's own noise, environments, networks and rollout."""
+    seed = env_seed(args.seed, env_steps, worker.index, worker.generation)
+    seed_generators(seed)
+    envs = make_envs(args, args.num_envs // args.num_workers)
+    worker.at_exit.callback(envs.close)
+    agent, rollout = make_agent(envs, args), make_rollout(envs, args.num_steps, envs.num_envs)
+    rollout.obs[-1], _ = envs.reset(seed=seed)
+    return envs, agent, rollout
+
+
+def hogwild_worker(worker: Worker, args: Args, env_steps: int, shared_agent, optimizer, worker_steps, worker_updates):
+    """Learns from each of its rollouts. Entry i of the counts has one writer, worker i."""
+    envs, agent, rollout = start_work(worker, args, env_steps)
+    batch = Rollout(*map(torch.from_numpy, rollout))
+    max_lag = math.inf if args.max_lag is None else args.max_lag
+    while worker_steps.sum() < args.total_timesteps:
+        version = int(worker_updates.sum())  # before the copy: what comes in between counts as lag
+        copy_parameters(agent.parameters(), shared_agent.parameters())
+        steps, episodes = zip(*act(agent, envs, rollout))
+        record = {"steps": sum(steps), "episodes": sum(episodes, [])}
+        time.sleep(args.slow_worker * args.num_steps if worker.index == 0 else 0)
+        if record["steps"] == 0:
+            continue
+
+        def is_fresh():
+            record["lag"] = int(worker_updates.sum()) - version  # updates of others since this worker pulled
+            return record["lag"] <= max_lag
+
+        if args.lr_decay:
+            decay_learning_rates(optimizer, int(worker_steps.sum()) / args.total_timesteps)
+        metrics = hogwild_update(agent, optimizer, batch, args, shared_agent, is_fresh)
+        worker_updates[worker.index] += record["lag"] <= max_lag
+        worker.next()  # when the last record has been taken
+        worker.send(**record, metrics={name: value.item() for name, value in metrics.items()})
+        worker_steps[worker.index] += record["steps"]  # when they have been handed over
+
+
+def pooled_worker(worker: Worker, args: Args, env_steps: int):
+    """Hands over each of its rollouts, for the main process to learn from."""
+    envs, agent, rollout = start_work(worker, args, env_steps)
+    while True:
+        version = worker.next(agent)  # when the last rollout has been taken, or this one would be even older
+        steps, episodes = zip(*act(agent, envs, rollout))
+        time.sleep(args.slow_worker * args.num_steps if worker.index == 0 else 0)
+        worker.send(rollout, steps=sum(steps), episodes=sum(episodes, []), version=version)
+
+
+class Lags(Counter):
+    """How many updates old the parameters were that acted (D7): lag -> number of transitions."""
+
+    def mean(self) -> float:
+        return sum(lag * steps for lag, steps in self.items()) / max(1, self.total())
+
+    def state_dict(self) -> dict:
+        return {"all": dict(self)}
+
+    def load_state_dict(self, state: dict):
+        self.update(state["all"])
+
+
 def train(args: Args) -> dict:
     """Trains, evaluates greedily, and returns what results.json holds."""
     run = Run(args, __file__)
     check_flags(args)
     hogwild = args.update == "hogwild"
-    if hogwild:
-        run.device = torch.device("cpu")  # whatever --device auto has found: its networks are in shared memory
-    envs = make_envs(args, 1)  # for its spaces; the workers have their own
+    envs = make_envs(args, args.num_envs // args.num_workers)  # for their spaces; each worker has its own
     agent = make_agent(envs, args)
     agent = agent.share_memory() if hogwild else agent.to(run.device)
-    envs.close()
     optimizer, lags, recent = make_optimizer(agent, args), Lags(), Lags()  # all, and those since the last log
-    worker_steps, worker_updates = (shared((args.num_workers,), np.int64) for _ in range(2))
+    worker_steps, worker_updates = (shared(np.zeros(args.num_workers, np.int64)) for _ in range(2))
     Engine = Workers if args.engine == "processes" else importlib.import_module("common.ray_workers").Workers
-    workers = Engine(hogwild_worker if hogwild else pooled_worker, args.num_workers)
+    handed_over = () if hogwild else (agent, make_rollout(envs, args.num_steps, envs.num_envs))
+    workers = Engine(hogwild_worker if hogwild else pooled_worker, args.num_workers, args, *handed_over)
+    envs.close()
 
     with run.open(agent=agent, envs=workers, optimizer=optimizer, lags=lags):
         for state in optimizer.state.values() if hogwild else ():
             state["square_avg"].share_memory_()  # before the workers start: later, each would have its own
         worker_steps[0], worker_updates[0] = run.env_steps, run.updates  # of earlier sessions
-        workers.publish(None if hogwild else (run.updates, arrays(agent)))
+        workers.publish(run.updates)
         workers.start(args, run.env_steps, *((agent, optimizer, worker_steps, worker_updates) if hogwild else ()))
         pool = []  # rollouts that no update has been made of yet
         while run.env_steps < args.total_timesteps:
@@ -473,13 +472,13 @@ def train(args: Args) -> dict:
                 if pool_size < args.batch_size:
                     continue
                 # Learn: the workers' rollouts side by side, as if one worker had had all the environments
-                rollouts = (np.concatenate([each[name] for each in pool], 1) for name in Rollout._fields)
-                batch = Rollout(*(torch.as_tensor(array, device=run.device) for array in rollouts))
+                arrays = (np.concatenate(parts, 1) for parts in zip(*(each["arrays"] for each in pool)))
+                batch = Rollout(*(torch.as_tensor(array, device=run.device) for array in arrays))
                 if args.lr_decay:
                     decay_learning_rates(optimizer, (run.env_steps - pool_size) / args.total_timesteps)
-                metrics = update(agent, optimizer, batch, args, agent, lambda: True)
+                metrics = update(agent, optimizer, batch, args)
                 run.updates += 1
-                workers.publish((run.updates, arrays(agent)))
+                workers.publish(run.updates)
                 pool = []
 
             if run.log_due():

@@ -1,5 +1,6 @@
 """Run folders and their checkpoints: written whole or not at all, with every random generator inside."""
 
+import errno
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import torch
 
 from common.flags import UserError, read_args
 
-FORMAT = "actor-critic checkpoint 2"
+FORMAT = "actor-critic checkpoint 3"
 
 
 def find_folder(args, script: str) -> tuple[str, dict | None]:
@@ -21,13 +22,14 @@ def find_folder(args, script: str) -> tuple[str, dict | None]:
         if args.run_dir is not None:
             raise UserError("--resume goes on in its own folder; leave --run-dir away.")
         saved = load_checkpoint(args.resume, script)
-        if args.total_timesteps < min(saved["env_steps"], read_args(args.resume)["total_timesteps"]):
-            steps = f"{saved['env_steps']:,} environment steps already"
-            raise UserError(f"{str(args.resume)!r} has {steps}; give more --total-timesteps.")
+        if args.total_timesteps < min(done := saved["env_steps"], read_args(args.resume)["total_timesteps"]):
+            raise UserError(
+                f"{str(args.resume)!r} has {done:,} environment steps already; give more --total-timesteps."
+            )
         return str(args.resume), saved
     env = args.env_id.replace("/", "-").replace(":", "-")
-    name = str(args.run_dir or f"runs/{env}__{script}__{args.seed}__{time.time_ns()}")
-    if os.path.exists(name) and (os.path.isfile(name) or os.listdir(name)):
+    name = str(f"runs/{env}__{script}__{args.seed}__{time.time_ns()}" if args.run_dir is None else args.run_dir)
+    if not name or os.path.exists(name) and (os.path.isfile(name) or os.listdir(name)):
         raise UserError(f"--run-dir {name!r} is already in use; name another, or go on with --resume.")
     return name, None
 
@@ -41,12 +43,17 @@ def write_json(path: Path, content: dict):
 
 def save_checkpoint(run_dir: Path, content: dict):
     """Writes run_dir/checkpoint.pt: temporary file, flush to the disk, rename. There is always one whole checkpoint."""
-    path = run_dir / "checkpoint.pt"
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save({"format": FORMAT, "random": random_state()} | content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_suffix(".tmp").replace(path)
+    path, temporary = run_dir / "checkpoint.pt", run_dir / "checkpoint.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "random": random_state()} | content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except RuntimeError as error:  # torch's, where the disk becomes full in the middle
+        raise OSError(errno.ENOSPC, "The checkpoint cannot be written, the disk may be full") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(run_dir: str | Path, script: str) -> dict:
@@ -89,3 +96,16 @@ def restore_random(state: dict):
         torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(state["python"])
     np.random.set_state(tuple(state["numpy"]))
+
+
+def set_precision(wanted: str, device: str = "cpu"):
+    """--matmul-precision, of this process: auto is "medium", which is oneDNN, on AMD's CPUs if that is as exact there
+    as "highest", which is MKL and up to twice as slow; everywhere else auto is "highest"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    torch.set_float32_matmul_precision("highest" if wanted == "auto" else wanted)
+    if wanted == "auto" and device == "cpu" and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text():
+        a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+        error = (a @ b - a.double() @ b.double()).abs().max()
+        torch.set_float32_matmul_precision("medium")
+        if (a @ b - a.double() @ b.double()).abs().max() > 2 * error:
+            torch.set_float32_matmul_precision("highest")

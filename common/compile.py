@@ -1,5 +1,6 @@
 """torch.compile for an update: everything from the targets to the target network in one graph."""
 
+import copy
 import sys
 from types import FunctionType
 
@@ -58,14 +59,48 @@ def rmsprop_step(params, grads, group):
         p.sub_(group["lr"] * grad / (square_avg + group["eps"]).sqrt())
 
 
+class Replay:
+    """Calls of step(agent, optimizer, batch, args) on a GPU as replays of one CUDA graph: a launch instead of hundreds.
+
+    Always with the same agent, optimizer and args. Random numbers differ from replay to replay (torch sees to it).
+    """
+
+    def __init__(self, step):
+        self._step, self._calls, self._stream = step, 0, torch.cuda.Stream()
+        self._graph = torch.cuda.CUDAGraph()
+
+    def __call__(self, agent, optimizer, batch, args):
+        self._calls += 1
+        if self._calls <= 3:  # what torch does at the first calls must not be recorded, nor run in the usual stream
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                metrics = self._step(agent, optimizer, batch, args)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return metrics
+        if self._calls == 4:
+            self._batch = copy.deepcopy(batch)
+            with torch.cuda.graph(self._graph):  # records, and runs nothing
+                self._metrics = self._step(agent, optimizer, self._batch, args)
+        for place, tensor in zip(tensors(self._batch), tensors(batch)):
+            place.copy_(tensor)
+        self._graph.replay()
+        return self._metrics
+
+
+def tensors(batch) -> list[torch.Tensor]:
+    """Of a NamedTuple or a SimpleNamespace."""
+    return list(batch) if isinstance(batch, tuple) else list(vars(batch).values())
+
+
 def compiled(update, device: torch.device):
-    """The same update as one graph."""
+    """The same update as one graph; on a GPU as a CUDA graph."""
     options = {"fallback_random": True}  # draws from torch's own generators
     if device.type == "cuda":
         options["loop_ordering_after_fusion"] = False  # fails on torch._foreach functions (torch 2.11)
     # With a code object of its own: what one compiled run has learned of shapes and flags, no other has to check
     update = FunctionType(update.__code__.replace(), update.__globals__, update.__name__)
     graph = torch.compile(update, fullgraph=True, options=options)
+    graph = Replay(graph) if device.type == "cuda" else graph
     optimizers = []  # the state is there when the first update comes, not before a run is resumed
 
     @torch._dynamo.config.patch(trace_autograd_ops=True)  # lets backward() stay inside the graph
@@ -74,6 +109,7 @@ def compiled(update, device: torch.device):
             tqdm.write("compiling the update: up to a minute", file=sys.stderr)
             optimizers.append(GraphOptimizer(optimizer))
         optimizers[0].take_rates()
-        return graph(agent, optimizers[0], batch, args)
+        metrics = graph(agent, optimizers[0], batch, args)
+        return {name: value.clone() for name, value in metrics.items()}  # the next call may use their memory again
 
     return compiled_update

@@ -1,10 +1,11 @@
 """make_envs: the only place that builds environments."""
 
 import math
-import multiprocessing
 import os
+import re
 import sys
 import warnings
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +15,11 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.wrappers.vector import NormalizeObservation
 
 from common.flags import UserError
+
+TODAY = {  # what everybody types -> its name today
+    r"(\w+?)(NoFrameskip-v\d|Deterministic-v\d|-v[45])": r"ALE/\1-v5",
+    r"(HalfCheetah|Hopper|Walker2d|Ant|Humanoid|Swimmer|Reacher)-v[23]": r"\1-v5",
+}
 
 
 def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, discrete=True) -> "Envs":
@@ -28,7 +34,8 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
     atari = spec.vector_entry_point == "ale_py.vector_env:AtariVectorEnv"
     # A native vector environment draws all starts from one seed: evaluation takes single ones where there are any
     native = args.vectorization == "auto" and spec.vector_entry_point and not (evaluation and spec.entry_point)
-    options = {"vectorization_mode": "sync", "vector_kwargs": {"copy": False}, "wrappers": [Plain]}
+    plain = partial(Plain, os.getpid())
+    options = {"vectorization_mode": "sync", "vector_kwargs": {"copy": False}, "wrappers": [plain]}
     if atari:
         options = {"reward_clipping": False}  # clipped by Envs, after the true return has been counted
     elif render:
@@ -44,12 +51,9 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
             envs = gym.make_vec(spec, num_envs=num_envs or args.num_envs, **options, **args.env_kwargs)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{args.env_id} cannot be built (--env-kwargs gives arguments). {reason}") from error
-    try:
-        check_spaces(envs, args, images, discrete)
-    except UserError:
-        envs.close()
-        raise
+        hint = newer(args.env_id) or " (--env-kwargs gives arguments)"
+        raise UserError(f"{args.env_id} cannot be built. {reason}{hint}") from error
+    check_spaces(envs, args, images, discrete)
     reward_scale = 1.0 if evaluation else getattr(args, "reward_scale", 1.0)
     return Envs(envs, getattr(args, "normalize_obs", False), evaluation, atari, reward_scale)
 
@@ -57,9 +61,9 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
 class Plain(gym.Wrapper):
     """Without infos, which nobody reads, and those of several environments need not fit together."""
 
-    def __init__(self, env):
+    def __init__(self, main: int, env):
         super().__init__(env)
-        if multiprocessing.parent_process() is not None and hasattr(os, "setpgrp"):
+        if os.getpid() != main and hasattr(os, "setpgrp"):
             os.setpgrp()  # in a process of its own: Ctrl-C is for the main process, which then ends this one
             torch.set_flush_denormal(True)
 
@@ -107,17 +111,17 @@ class Envs(VectorWrapper):
         return obs, {}
 
     def step(self, actions: np.ndarray):
-        """obs, rewards, terminated, truncated, and (environment, return, length) of each episode that ended.
-
-        Copies: an environment may use its arrays again.
-        """
+        """Copies of obs, rewards, terminated, truncated, and (environment, return, length) of each ended episode."""
         if not self.discrete:  # a Gaussian's sample may lie outside, and rounding may leave the bounds by a digit
             check_finite("action", actions)
             actions = self._center + self._half_range * actions.clip(-1.0, 1.0)
             actions = actions.astype(self._bounds[0].dtype).clip(*self._bounds)
         elif self._start or self._action_dtype != actions.dtype:
             actions = (actions + self._start).astype(self._action_dtype)
-        obs, rewards, terminated, truncated = map(np.array, self.env.step(actions)[:4])
+        try:
+            obs, rewards, terminated, truncated = map(np.array, self.env.step(actions)[:4])
+        except (EOFError, ConnectionError):  # of a pipe to a process of an environment
+            raise UserError("A process of an environment has died (out of memory?).") from None
         obs = obs.astype(self.obs_spec[1], copy=False)
         check_finite("observation", obs)
         check_finite("reward", rewards)
@@ -129,17 +133,13 @@ class Envs(VectorWrapper):
             self._returns[i], self._lengths[i] = 0, -1  # the next step only resets
         if self._clip_rewards:
             rewards = rewards.clip(-1, 1)
-        if self._reward_scale != 1:
-            rewards = rewards * self._reward_scale
-        return obs, rewards, terminated, truncated, episodes
+        return obs, rewards * self._reward_scale, terminated, truncated, episodes
 
     def close(self):
         try:
             self.env.close()
         except (EOFError, OSError):  # of a pipe to a process of an environment, which has died
-            for process in self.unwrapped.processes:
-                process.kill()
-            self.unwrapped.closed = True
+            self.env.close(terminate=True)
 
     def state_dict(self) -> dict:
         """Mean, variance and count of --normalize-obs, if they are kept."""
@@ -160,8 +160,7 @@ def find_spec(env_id: str):
     """gymnasium's spec of an environment; raises UserError, with gymnasium's own words where it names a remedy."""
     package, _, name = env_id.rpartition(":")
     try:
-        if env_id.startswith("ALE/"):
-            package = "ale_py"
+        package = "ale_py" if env_id.startswith("ALE/") else package
         if package:
             if os.getcwd() not in sys.path:  # a package in the working directory, as `python -m` would find it
                 sys.path.append(os.getcwd())
@@ -171,7 +170,12 @@ def find_spec(env_id: str):
         hint = ' (pip install -e ".[atari]")' if error.name == "ale_py" else ""
         raise UserError(f"--env-id {env_id}: there is no package {error.name!r} to import from here{hint}.") from None
     except gym.error.Error as error:
-        raise UserError(f"--env-id {env_id}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--env-id {env_id}: {' '.join(str(error).split())}{newer(env_id)}") from None
+
+
+def newer(env_id: str) -> str:
+    """A hint for ids of former days."""
+    return "".join(f" Did you mean {re.sub(o, n, env_id)}?" for o, n in TODAY.items() if re.fullmatch(o, env_id))
 
 
 def check_spaces(envs, args, images: bool, discrete: bool):

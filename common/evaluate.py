@@ -16,7 +16,6 @@ def evaluate(agent, args, env_state, episodes, seed=0, max_steps=100_000, on_ste
     as training had. `on_step` is called before each step with environments and observations; `render`: one
     environment, with pictures. Raises UserError if an episode has more than `max_steps`.
     """
-    device = next(agent.parameters()).device
     num_envs = 1 if render else min(episodes, args.num_envs)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, int)
     envs = make_envs(args, num_envs, evaluation=True, render=render)
@@ -30,7 +29,7 @@ def evaluate(agent, args, env_state, episodes, seed=0, max_steps=100_000, on_ste
             playing = set(range(min(num_envs, episodes - first)))
             for _ in range(max_steps):
                 on_step(envs, obs)
-                actions = agent.act(torch.as_tensor(obs, device=device), greedy=True)
+                actions = agent.act(torch.as_tensor(obs, device=next(agent.parameters()).device), greedy=True)
                 obs, _, _, _, ended = envs.step(actions.cpu().numpy())
                 for i, episodic_return, length in ended:
                     if i in playing:

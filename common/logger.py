@@ -1,5 +1,6 @@
 """metrics.csv, TensorBoard events and the progress bar. The x axis is environment steps, never iterations."""
 
+import contextlib
 import time
 from collections import deque
 from pathlib import Path
@@ -7,11 +8,6 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 class Logger:
@@ -21,8 +17,13 @@ class Logger:
     def __init__(self, run_dir: Path, total_timesteps: int, env_steps: int = 0, state: dict | None = None):
         """`state`: of the checkpoint at `env_steps`; what was logged after it is cut off, or hidden by TensorBoard."""
         self._csv = open(run_dir / "metrics.csv", "a")
-        if fcntl is not None:
-            fcntl.flock(self._csv, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dropped by the kernel when the process dies
+        try:
+            import fcntl
+
+            fcntl.flock(self._csv, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process dies
+        except (ImportError, OSError) as error:  # Windows, or a file system without locks
+            if isinstance(error, BlockingIOError):
+                raise
         if state is not None:
             self._csv.seek(self._csv.truncate(min(state["csv_size"], self._csv.tell())))
         if self._csv.tell() == 0:
@@ -69,7 +70,8 @@ class Logger:
 
     def close(self):
         for each in (self._csv, self._events, self._bar):
-            each.close()
+            with contextlib.suppress(OSError):  # of a full disk; save() has named it
+                each.close()
 
     def state_dict(self) -> dict:
         """metrics.csv only grows, so its size says what belongs to a checkpoint."""

@@ -6,8 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common.flags import UserError
-
 
 class RingBuffer:
     """The newest `capacity` transitions, on the device that learns from them. Whole numbers keep their type, all else
@@ -18,15 +16,12 @@ class RingBuffer:
         self.size = self.position = 0  # transitions stored; where the next one goes
 
     def _make_fields(self, values: dict[str, np.ndarray]):
-        try:
-            for name, x in values.items():
-                dtype = x.dtype if x.dtype.kind in "iu" else np.float32
-                zeros = torch.from_numpy(np.zeros((self.capacity, *x.shape[1:]), dtype))  # no memory until written to
-                self.fields[name] = zeros.to(self.device)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise UserError("The replay buffer does not fit into memory; give less --buffer-size.") from None
-        size = sum(field.nbytes for field in self.fields.values())
+        types = {name: x.dtype if x.dtype.kind in "iu" else np.dtype(np.float32) for name, x in values.items()}
+        size = self.capacity * sum(x[0].size * types[name].itemsize for name, x in values.items())
         print(f"replay buffer: {self.capacity:,} transitions, {size / 1e6:,.0f} MB when full", file=sys.stderr)
+        for name, x in values.items():
+            zeros = torch.from_numpy(np.zeros((self.capacity, *x.shape[1:]), types[name]))  # takes memory when written
+            self.fields[name] = zeros.to(self.device)
 
     def add(self, valid: np.ndarray, **values: np.ndarray):
         """Stores the transitions for which `valid` (N,) is true; values (N, ...) each, N at most the capacity."""

@@ -1,5 +1,6 @@
 """What every script does that is not reinforcement learning: seeds, run folder, checkpoints, signals, results."""
 
+import errno
 import math
 import os
 import shlex
@@ -7,14 +8,15 @@ import signal
 import sys
 import threading
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
 
 from common import checkpoint
-from common.checkpoint import env_seed
 from common.evaluate import evaluate
 from common.flags import ROOT, RunArgs, UserError, check_ranges, parse
 from common.logger import Logger
@@ -24,6 +26,8 @@ LOG_EVERY = 500  # environment steps, or a thousandth of the run where that is m
 
 def run_cli(train, Args):
     """Parses and trains; what the user can mend ends in one sentence, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # γ on a terminal without UTF-8
     try:
         train(parse(train, Args))
     except UserError as error:
@@ -33,17 +37,7 @@ def run_cli(train, Args):
 
 
 class Run:
-    """One training run; `env_steps` and `updates` count what has been done.
-
-    run = Run(args, __file__)                           checks the flags, seeds all generators; nothing is written yet
-    with run.open(agent=agent, envs=envs, ...):         makes or resumes the folder
-        while run.env_steps < args.total_timesteps:
-            if run.checkpoint_due():
-                run.save()                              on Ctrl-C and SIGTERM the run ends here
-                ...                                     reset all environments with run.env_seed()
-            run.count(steps, episodes); run.log(metrics)
-        return run.finish()
-    """
+    """One training run; `env_steps` and `updates` count what has been done. Nothing is written before open()."""
 
     launcher = "python"
 
@@ -58,8 +52,12 @@ class Run:
         self._stop_signal, self._is_trained = None, False
         self.name, self._saved = self._find_folder()
         self.dir = Path(self.name).absolute()  # an environment may change the working directory
+        self._at_exit = ExitStack()  # of what the process has in common with the program that called train()
+        self._at_exit.callback(checkpoint.restore_random, checkpoint.random_state())
+        self._at_exit.callback(torch.set_num_threads, torch.get_num_threads())
+        self._at_exit.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_num_threads(args.num_threads)
-        torch.set_float32_matmul_precision(args.matmul_precision)
+        checkpoint.set_precision(args.matmul_precision, self.device.type)
         checkpoint.seed_generators(args.seed)
 
     def _find_folder(self) -> tuple[str, dict | None]:
@@ -67,9 +65,10 @@ class Run:
 
     @contextmanager
     def open(self, **parts):
-        """Makes or resumes the run folder; `parts`, which have (load_)state_dict(), are saved in every checkpoint."""
+        """Makes or resumes the run folder; `parts`, which have (load_)state_dict(), are saved in every checkpoint. At
+        the end all is closed, and generators, threads and signals are the caller's again."""
         self._parts, args, saved = parts, self.args, self._saved
-        with ExitStack() as stack:  # whatever happens, closes what has been opened
+        with self._at_exit as stack:  # whatever happens, closes what has been opened
             stack.callback(parts["envs"].close)
             if saved is not None:
                 self._restore(saved)
@@ -80,24 +79,26 @@ class Run:
                     stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
             # Resets that come before an episode's end would keep it from ever being seen
             self._every = args.checkpoint_every or max(args.total_timesteps // 10, 2_000 * args.num_envs)
-            self._next_checkpoint = (self.env_steps // self._every + 1) * self._every
-            if is_new:
-                self.save()
             try:
+                if is_new:
+                    self.save()
                 yield
             except FloatingPointError as error:
                 where = f"at environment step {self.env_steps:,}; the last good checkpoint is in {self.name!r}"
                 raise UserError(f"{error} is not finite {where}.") from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise UserError(f"{error.strerror}: make room, then go on with --resume {self.name!r}.") from None
 
     def _open_folder(self, stack: ExitStack, log: dict | None):
         args = self.args
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.logger = Logger(self.dir, args.total_timesteps, self.env_steps, log)
-        except BlockingIOError:
-            raise UserError(f"{self.name!r} is in use by another process.") from None
         except OSError as error:
-            raise UserError(f"The run folder {self.name!r} cannot be used: {error.strerror}.") from None
+            reason = "another process uses it" if isinstance(error, BlockingIOError) else error.strerror
+            raise UserError(f"The run folder {self.name!r} cannot be used: {reason}.") from None
         stack.callback(self.logger.close)
         (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
         checkpoint.write_json(self.dir / "args.json", self._made_by | vars(args) | {"resume": None})
@@ -137,21 +138,26 @@ class Run:
     def env_seed(self) -> int:
         """For the reset of all environments at this step. Simulators cannot be saved, so every checkpoint resets them:
         an uninterrupted run at the same steps, so that a resumed one sees what it would have seen."""
-        return env_seed(self.args.seed, self.env_steps, 0)
+        return checkpoint.env_seed(self.args.seed, self.env_steps, 0)
 
     def checkpoint_due(self) -> bool:
-        return self.env_steps >= self._next_checkpoint or self._stop_signal is not None
+        return self.env_steps // self._every > self._saved_steps // self._every or self._stop_signal is not None
 
     def save(self, **more):
         """Writes a checkpoint; on Ctrl-C and SIGTERM the run ends here."""
-        states = {name: tree_map_only(torch.Tensor, own, part.state_dict()) for name, part in self._parts.items()}
+        copy = partial(tree_map_only, torch.Tensor, lambda x: x.clone() if x.is_shared() else x)
+        states = {name: copy(part.state_dict()) for name, part in self._parts.items()}  # others may go on changing it
         if not all(weight.isfinite().all() for weight in states["agent"].values()):
             raise FloatingPointError("agent's weights")
+        is_early = 0 < self.env_steps < self.args.total_timesteps and self._stop_signal is None
+        if is_early and self.logger.recent_return() is None and hasattr(self._parts["envs"], "reset"):
+            tqdm.write(
+                "No episode has ended yet, and a checkpoint resets all: a larger --checkpoint-every lets them end."
+            )
         counters = {"env_steps": self.env_steps, "updates": self.updates, "next_log": self._next_log}
         content = {"script": self.script.stem, **counters, "logger": self.logger.state_dict(), "parts": states}
         self._write(content | more)
         self._saved_steps, self._env_state = self.env_steps, states["envs"]
-        self._next_checkpoint = (self.env_steps // self._every + 1) * self._every
         if self._stop_signal is not None:
             self._stop(self._stop_signal)
 
@@ -182,10 +188,6 @@ class Run:
                     raise FloatingPointError(name)
             self.logger.log(self.env_steps, metrics)
 
-    def reduce(self, gradient: torch.Tensor) -> torch.Tensor:
-        """A gradient of this batch as that of the whole run's."""
-        return gradient
-
     def finish(self, **extra) -> dict:
         """Last checkpoint, greedy evaluation, results.json, summary. `extra` goes into results.json."""
         args, seconds = self.args, self.logger.seconds()
@@ -195,33 +197,20 @@ class Run:
         self.logger.close()
         self._parts["envs"].close()  # a simulator may be there once only
         returns, _ = evaluate(self._parts["agent"], args, self._env_state, args.eval_episodes)
-        results = {
-            "script": self.script.stem,
-            "env_id": args.env_id,
-            "seed": args.seed,
-            "env_steps": self.env_steps,
-            "updates": self.updates,
-            "seconds": seconds,
-            "sps": self.env_steps / seconds,
-            "eval_return_mean": float(np.mean(returns)),
-            "eval_return_std": float(np.std(returns)),
-            "eval_episodes": len(returns),
-            "train_return_mean": self.logger.recent_return(),
-        } | extra
+        mean, std, sps = float(np.mean(returns)), float(np.std(returns)), self.env_steps / seconds
+        results = {"script": self.script.stem, "env_id": args.env_id, "seed": args.seed, "env_steps": self.env_steps}
+        results |= {"updates": self.updates, "seconds": seconds, "sps": sps, "eval_return_mean": mean}
+        results |= {"eval_return_std": std, "eval_episodes": len(returns)}
+        results |= {"train_return_mean": self.logger.recent_return()} | extra
         checkpoint.write_json(self.dir / "results.json", results)
         print(
-            f"greedy return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes "
-            f"of {args.env_id}\nafter {self.env_steps:,} environment steps in {seconds / 60:.1f} minutes "
-            f"({results['sps']:,.0f} steps/s), run folder {self.name}\n"
+            f"greedy return {mean:.1f} ± {std:.1f} over {len(returns)} episodes of {args.env_id}\n"
+            f"after {self.env_steps:,} environment steps in {seconds / 60:.1f} minutes ({sps:,.0f} steps/s), "
+            f"run folder {self.name}\n"
             f"  see it play    python {shlex.quote(os.path.relpath(ROOT / 'evaluate.py'))} {shlex.quote(self.name)}\n"
             f"  see it learn   tensorboard --logdir {shlex.quote(self.name)}"
         )
         return results
-
-
-def own(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of what other processes may be changing while it is saved."""
-    return tensor.clone() if tensor.is_shared() else tensor
 
 
 if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun

@@ -1,7 +1,8 @@
-"""Worker processes: started, watched and replaced. What they hand over goes through a pipe, of which each has its own.
+"""Worker processes: started, watched and replaced.
 
-So a worker may be killed at any moment: what it had not finished handing over is lost, and nothing else. What a worker
-computes is up to the script, which gives a module-level function `target(worker, *args)`.
+Each has a pipe, and shared memory for parameters and arrays, into which a side writes only while the other waits for
+its message. So a worker may be killed or stopped at any moment: what it had not finished handing over is lost, and
+nothing else. What it computes is up to the script, which gives a module-level function `target(worker, *args)`.
 """
 
 import signal
@@ -13,19 +14,20 @@ from contextlib import ExitStack
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 
-import numpy as np
 import torch
 import torch.multiprocessing as mp
 from tqdm import tqdm
 
+from common.checkpoint import set_precision
 from common.flags import UserError
 
+STARTUP_SECONDS = 300.0  # that a new worker has for its imports and its environments
 MAX_REPLACED = 100  # workers in one run
 
 
-def shared(shape: tuple[int, ...], dtype) -> torch.Tensor:
-    """Zeros in memory that processes share; handed over as an argument of a process."""
-    return torch.from_numpy(np.zeros(shape, dtype)).share_memory_()
+def shared(array) -> torch.Tensor:
+    """A copy in memory that processes share; handed over as an argument of a process."""
+    return torch.as_tensor(array).detach().cpu().clone().share_memory_()
 
 
 @torch.no_grad()
@@ -36,43 +38,54 @@ def copy_parameters(to, source):
 class Worker:
     """A worker's own view: which one it is, and its line to the main process."""
 
-    def __init__(self, index: int, generation: int, pipe: Connection, precision: str):
+    def __init__(self, index: int, generation: int, pipe: Connection, params: list, arrays: list):
         self.index, self.generation = index, generation  # generation: how many there were before it in its place
-        self.at_exit, self._pipe, self._precision = ExitStack(), pipe, precision  # what it owns is closed at its end
+        self.at_exit = ExitStack()  # of what it owns
+        self._pipe, self._params, self._arrays = pipe, params, arrays
 
-    def next(self):
-        """Waits until the main process has taken what was handed over last; returns what it gives: the newest news."""
-        return self._pipe.recv()
+    def next(self, module: torch.nn.Module | None = None) -> int:
+        """Waits until the last record has been taken; copies the newest parameters, and returns their version."""
+        version = self._pipe.recv()
+        if module is not None:
+            copy_parameters(module.parameters(), self._params)
+        return version
 
-    def send(self, **record):
-        """Hands a record over. Between two of them stands a next()."""
+    def send(self, arrays=(), **record):
+        """Hands a record over, and NumPy arrays. Before each one stands a next()."""
+        for place, array in zip(self._arrays, arrays):
+            place.numpy()[...] = array
         self._pipe.send(record)
 
-    def run(self, target, args: tuple):
-        """The process: until `target` fails, or the main process ends it or is no more."""
+    def run(self, target, args: tuple, precision: str):
+        """The process: until the main process ends it or is no more, or `target` fails."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         torch.set_num_threads(1)
-        torch.set_float32_matmul_precision(self._precision)
+        set_precision(precision)
         with self.at_exit:
             try:
-                self.send()  # asks for the first news
+                self._pipe.send({})  # asks for the first parameters
                 target(self, *args)
-            except (EOFError, BrokenPipeError):  # no main process any more
+                while True:  # it has done its part
+                    self._pipe.recv()
+            except (EOFError, ConnectionError):  # no main process any more
                 pass
             except Exception:
                 self._pipe.send(f"failed:\n{traceback.format_exc()}")
 
 
 class BaseWorkers:
-    """The rules for `num` workers, whatever they are: who dies is replaced.
+    """The rules for `num` workers, whatever they are: who dies, or hands nothing over for so long, is replaced.
 
-    A subclass has _launch and _end, with a worker's index. To `Run` they are the environments: close() ends them.
+    A subclass launches, looks what has come in, takes a record, and ends. To `Run` they are the environments.
     """
 
-    def __init__(self, target, num: int):
-        self._target, self._generations = target, [0] * num
+    def __init__(self, target, num: int, args, module: torch.nn.Module | None = None, arrays=()):
+        """`args`: flags; `module`: whose parameters workers get; `arrays`: like those that they hand over."""
+        self._target, self._precision, self._timeout = target, args.matmul_precision, args.worker_timeout
+        self._module, self._version, self._generations = module, 0, [0] * num
+        self._due = {}  # of those that run: when the next record must be there, in the seconds of time.monotonic()
         self._failures = self.replaced = 0  # workers that died, since a record came in and altogether
-        self._news = None
+        self._records = deque()  # (index, record), of which nothing has been taken yet
 
     def start(self, *args):
         """`args` go to the target behind its Worker; tensors among them should be shared."""
@@ -80,9 +93,20 @@ class BaseWorkers:
         for index in range(len(self._generations)):
             self._launch(index)
 
-    def publish(self, news):
-        """What workers get from now on when a record of theirs has been taken."""
-        self._news = news
+    def publish(self, version: int):
+        """The module's parameters as they are now go to a worker from now on when a record of its has been taken."""
+        self._version = version
+
+    def receive(self, seconds: float = 0.1) -> dict | None:
+        """A record of a worker, in the order in which they came in; None if there is none for so long."""
+        if not self._records:
+            self._look(seconds)
+            for index, due in self._due.items():
+                if time.monotonic() > due:
+                    self._replace(index, f"handed nothing over for {self._timeout:g} seconds (--worker-timeout)")
+        if self._records:
+            self._failures = 0
+            return self._take(*self._records.popleft())
 
     def _replace(self, index: int, cause: str):
         """With a line; raises UserError when that would not help."""
@@ -95,6 +119,11 @@ class BaseWorkers:
         self._generations[index] += 1
         self._launch(index)
 
+    def close(self):
+        """Ends all of them."""
+        self._end(*self._due)
+        self._due = {}
+
     def state_dict(self) -> dict:
         return {}
 
@@ -103,18 +132,21 @@ class BaseWorkers:
 
 
 class Workers(BaseWorkers):
-    """Processes that run target(worker, *args). close() ends them."""
+    """Processes that run target(worker, *args)."""
 
-    def __init__(self, target, num: int):
-        super().__init__(target, num)
-        self._processes, self._pipes, self._records = [None] * num, [None] * num, deque()
+    def __init__(self, target, num: int, args, module: torch.nn.Module | None = None, arrays=()):
+        super().__init__(target, num, args, module, arrays)
+        params = [] if module is None else list(module.parameters())
+        self._params, self._arrays = ([[shared(x) for x in like] for _ in range(num)] for like in (params, arrays))
+        self._processes, self._pipes = [None] * num, [None] * num
         # Forked from a process that has imported everything and run nothing, a worker starts in hundredths of a second
         mp.set_forkserver_preload([target.__module__, "torch", "gymnasium", "tyro", "torch.utils.tensorboard"])
 
     def _launch(self, index: int):
         self._pipes[index], its = mp.Pipe()
-        worker = Worker(index, self._generations[index], its, torch.get_float32_matmul_precision())
-        process = mp.get_context("forkserver").Process(target=worker.run, args=(self._target, self._args))
+        worker = Worker(index, self._generations[index], its, self._params[index], self._arrays[index])
+        args = self._target, self._args, self._precision
+        process = mp.get_context("forkserver").Process(target=worker.run, args=args)
         resource_tracker.ensure_running()  # it would lift the mask
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for the fork server and its workers, too
         try:
@@ -122,57 +154,45 @@ class Workers(BaseWorkers):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         its.close()
-        self._processes[index] = process
+        self._processes[index], self._due[index] = process, time.monotonic() + max(self._timeout, STARTUP_SECONDS)
 
-    def receive(self, seconds: float = 0.1) -> dict | None:
-        """A record of a worker, in the order in which they came in; None if there is none for so long."""
-        end = time.monotonic() + seconds
-        while not self._records:
-            ready = wait(self._pipes, max(0.0, end - time.monotonic()))
-            if not ready:
-                return None
-            for pipe in ready:
-                self._read(self._pipes.index(pipe), pipe)
-        index, pipe, record = self._records.popleft()
-        self._answer(pipe)
-        self._failures = 0
+    def _look(self, seconds: float):
+        for pipe in wait(self._pipes, seconds):
+            index = self._pipes.index(pipe)
+            try:
+                message = pipe.recv()
+            except (EOFError, OSError):  # its end is closed: the process has died
+                self._processes[index].join(1)
+                message = f"has ended with exit code {self._processes[index].exitcode} (-9: out of memory?)"
+            if isinstance(message, str):
+                self._replace(index, message)
+            elif message:
+                self._due[index] = float("inf")
+                self._records.append((index, message))
+            else:  # it has just begun
+                self._answer(index)
+
+    def _take(self, index: int, record: dict) -> dict:
+        record["arrays"] = [array.numpy().copy() for array in self._arrays[index]]
+        self._answer(index)
         return record
 
-    def _read(self, index: int, pipe: Connection):
+    def _answer(self, index: int):
+        self._due[index] = time.monotonic() + self._timeout
+        if self._module is not None:
+            copy_parameters(self._params[index], self._module.parameters())
         try:
-            record = pipe.recv()
-        except (EOFError, OSError):  # its end is closed: the process has died
-            self._processes[index].join(1)
-            record = f"has ended with exit code {self._processes[index].exitcode} (-9: out of memory?)"
-        if isinstance(record, str):
-            self._replace(index, record)
-        elif record:
-            self._records.append((index, pipe, record))
-        else:  # it has just begun
-            self._answer(pipe)
-
-    def _answer(self, pipe: Connection):
-        try:
-            pipe.send(self._news)
+            self._pipes[index].send(self._version)
         except OSError:  # it has died, which the next look at the pipe will show
             pass
 
-    def _end(self, index: int):
-        end([self._processes[index]])
-        self._pipes[index].close()
-
-    def close(self):
-        """Ends all processes."""
-        end([process for process in self._processes if process is not None])
-        self._processes = [None] * len(self._processes)
-
-
-def end(processes: list):
-    """Lets processes close what they own, and kills those that have not ended a second later."""
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + 1
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-        process.join()
+    def _end(self, *indices: int):
+        """Lets processes close what they own, and kills those that have not ended a second later."""
+        for index in indices:
+            self._processes[index].terminate()
+        deadline = time.monotonic() + 1
+        for index in indices:
+            self._processes[index].join(max(0.0, deadline - time.monotonic()))
+            self._processes[index].kill()
+            self._processes[index].join()
+            self._pipes[index].close()
