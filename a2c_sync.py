@@ -17,7 +17,7 @@ critic, actor (D4); with two separate networks (D1) or two heads on a shared tru
     python a2c_sync.py --env-id Acrobot-v1 --total-timesteps 200000       greedy return -84
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and
-the mask `valid` keeps it out of losses and counts. In all other steps obs[t + 1] is the true successor of obs[t].
+the mask `valid` keeps it out of what is learned and counted. All other steps show the true successor of a state.
 """
 
 import math
@@ -74,13 +74,14 @@ def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
 
 
 class MLP(nn.Sequential):
-    """(..., num_inputs) -> (..., 64)"""
+    """(..., num_inputs) -> (..., num_features)"""
 
     num_features = 64
 
     def __init__(self, num_inputs):
-        hidden = orthogonal(nn.Linear(num_inputs, 64))
-        super().__init__(hidden, nn.Tanh(), orthogonal(nn.Linear(64, 64)), nn.Tanh())
+        hidden = orthogonal(nn.Linear(num_inputs, self.num_features))
+        last = orthogonal(nn.Linear(self.num_features, self.num_features))
+        super().__init__(hidden, nn.Tanh(), last, nn.Tanh())
 
 
 class NatureCNN(nn.Module):
@@ -177,7 +178,7 @@ class Critic(nn.Module):
         self.head = orthogonal(nn.Linear(num_features, 1), gain=1.0)
 
     def forward(self, x):
-        return self.head(self.body(x)).squeeze(-1)  # (T, N) like the rewards; (T, N, 1) would broadcast
+        return self.head(self.body(x)).squeeze(-1)  # like the rewards; with a last dimension of 1 it would broadcast
 
 
 class ActorCritic(nn.Module):
@@ -205,7 +206,7 @@ class ActorCritic(nn.Module):
 def gae(values, rewards, terminated, done, gamma, gae_lambda):
     """Â and R, generalized advantage estimation (arXiv 1506.02438 eq. 11, 16); values (T + 1, N), the rest (T, N)."""
     assert values[1:].shape == rewards.shape == terminated.shape == done.shape
-    terminated, done = terminated.to(values.dtype), done.to(values.dtype)  # they may be bool
+    terminated, done = terminated.to(values.dtype), done.to(values.dtype)  # from bool, too
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]  # (1)
     decays = gamma * gae_lambda * (1 - done)
     advantage, advantages = torch.zeros_like(rewards[0]), []
@@ -290,13 +291,11 @@ def decay_learning_rates(optimizer, progress):
 
 def trunk_gradients(agent, batch, args):
     """How the two losses pull at the shared trunk (D2): the norm of either gradient, and the cosine between them."""
-
-    def gradient(value_coef):
+    grads = []
+    for value_coef in (0.0, args.value_coef):
         loss, _ = loss_fn(agent, batch, SimpleNamespace(**vars(args) | {"value_coef": value_coef}))
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.encoder.parameters()))])
-
-    actor = gradient(value_coef=0.0)
-    critic = gradient(args.value_coef) - actor  # the loss is a sum of the two
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.encoder.parameters()))]))
+    actor, critic = grads[0], grads[1] - grads[0]  # the loss is a sum of the two
     cosine = torch.cosine_similarity(actor, critic, dim=0)
     return {"trunk_actor_grad": actor.norm(), "trunk_critic_grad": critic.norm(), "trunk_grad_cosine": cosine}
 
@@ -304,7 +303,7 @@ def trunk_gradients(agent, batch, args):
 # --- Train ------------------------------------------------------------------------------------------------------------
 # Run checks the flags and seeds all random generators. run.open makes or resumes the run folder, keeps its arguments in
 # checkpoints, and closes all at the end; run.count and run.log write metrics.csv and TensorBoard; run.finish evaluates.
-# make_envs builds the environments: observations are float32 or uint8 images, actions lie in [-1, 1] or begin at 0.
+# make_envs builds the environments: observations are float32 (images: uint8), actions lie in [-1, 1] or begin at 0.
 
 
 def make_agent(envs, args: Args) -> ActorCritic:
@@ -312,7 +311,7 @@ def make_agent(envs, args: Args) -> ActorCritic:
 
 
 def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
-    """A group for each network, so that neither learning rates nor clipping tie them together."""
+    """A group for each network, so that nothing ties them together."""
     networks = [(agent.actor, args.actor_lr), (agent.critic, args.critic_lr or args.actor_lr)]
     if args.network == "shared":
         networks = [(agent, args.actor_lr)]

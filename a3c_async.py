@@ -23,7 +23,7 @@ bounded by --max-lag. The equations are those of a2c_sync.py:
     python a3c_async.py --env-id Acrobot-v1 --total-timesteps 200000      greedy return -82
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and
-the mask `valid` keeps it out of losses and counts. In all other steps obs[t + 1] is the true successor of obs[t].
+the mask `valid` keeps it out of what is learned and counted. All other steps show the true successor of a state.
 """
 
 import importlib.util
@@ -96,13 +96,14 @@ def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
 
 
 class MLP(nn.Sequential):
-    """(..., num_inputs) -> (..., 64)"""
+    """(..., num_inputs) -> (..., num_features)"""
 
     num_features = 64
 
     def __init__(self, num_inputs):
-        hidden = orthogonal(nn.Linear(num_inputs, 64))
-        super().__init__(hidden, nn.Tanh(), orthogonal(nn.Linear(64, 64)), nn.Tanh())
+        hidden = orthogonal(nn.Linear(num_inputs, self.num_features))
+        last = orthogonal(nn.Linear(self.num_features, self.num_features))
+        super().__init__(hidden, nn.Tanh(), last, nn.Tanh())
 
 
 class NatureCNN(nn.Module):
@@ -199,7 +200,7 @@ class Critic(nn.Module):
         self.head = orthogonal(nn.Linear(num_features, 1), gain=1.0)
 
     def forward(self, x):
-        return self.head(self.body(x)).squeeze(-1)  # (T, N) like the rewards; (T, N, 1) would broadcast
+        return self.head(self.body(x)).squeeze(-1)  # like the rewards; with a last dimension of 1 it would broadcast
 
 
 class ActorCritic(nn.Module):
@@ -227,7 +228,7 @@ class ActorCritic(nn.Module):
 def gae(values, rewards, terminated, done, gamma, gae_lambda):
     """Â and R, generalized advantage estimation (arXiv 1506.02438 eq. 11, 16); values (T + 1, N), the rest (T, N)."""
     assert values[1:].shape == rewards.shape == terminated.shape == done.shape
-    terminated, done = terminated.to(values.dtype), done.to(values.dtype)  # they may be bool
+    terminated, done = terminated.to(values.dtype), done.to(values.dtype)  # from bool, too
     deltas = rewards + gamma * (1 - terminated) * values[1:] - values[:-1]  # (1)
     decays = gamma * gae_lambda * (1 - done)
     advantage, advantages = torch.zeros_like(rewards[0]), []
@@ -330,7 +331,7 @@ def decay_learning_rates(optimizer, progress):
 # --- Train ------------------------------------------------------------------------------------------------------------
 # Run checks the flags and seeds all random generators. run.open makes or resumes the run folder, keeps its arguments in
 # checkpoints, and closes all at the end; run.count and run.log write metrics.csv and TensorBoard; run.finish evaluates.
-# make_envs builds the environments: observations are float32 or uint8 images, actions lie in [-1, 1] or begin at 0.
+# make_envs builds the environments: observations are float32 (images: uint8), actions lie in [-1, 1] or begin at 0.
 
 
 def make_agent(envs, args: Args) -> ActorCritic:
@@ -338,7 +339,7 @@ def make_agent(envs, args: Args) -> ActorCritic:
 
 
 def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
-    """A group for each network, so that neither learning rates nor clipping tie them together."""
+    """A group for each network, so that nothing ties them together."""
     networks = [(agent.actor, args.actor_lr), (agent.critic, args.critic_lr or args.actor_lr)]
     if args.network == "shared":
         networks = [(agent, args.actor_lr)]

@@ -18,13 +18,14 @@ The lecture's mistakes and alternatives, a flag each: --critic v fits V to the a
 (D12); --baseline none is plain Q, b = 0 (D13).
 
 The states in (5) are still those of older policies (D15). Beyond D8-D15 the file has the baseline (3), the entropy
-bonus and the target network (6); docs/off_policy_ac.md says what CartPole-v1 and Pendulum-v1 are without each.
+bonus and the target network (6), without each of which it learns worse (docs/off_policy_ac.md). Against a2c_sync.py it
+also has 256 units of ReLU a layer and Adam; it has no decay of the rates, no clipping of gradients, and no images.
 
     python off_policy_ac.py                                 CartPole-v1: greedy return 500, in 2 to 5 minutes
     python off_policy_ac.py --env-id Pendulum-v1 --total-timesteps 15000
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and
-the mask `valid` keeps it out of the buffer and the counts. In all other steps next_obs is the true successor of obs.
+the mask `valid` keeps it out of what is learned and counted. All other steps show the true successor of a state.
 """
 
 import copy
@@ -88,13 +89,14 @@ def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
 
 
 class MLP(nn.Sequential):
-    """(..., num_inputs) -> (..., 256)"""
+    """(..., num_inputs) -> (..., num_features)"""
 
     num_features = 256
 
     def __init__(self, num_inputs):
-        hidden = orthogonal(nn.Linear(num_inputs, 256))
-        super().__init__(hidden, nn.ReLU(), orthogonal(nn.Linear(256, 256)), nn.ReLU())
+        hidden = orthogonal(nn.Linear(num_inputs, self.num_features))
+        last = orthogonal(nn.Linear(self.num_features, self.num_features))
+        super().__init__(hidden, nn.ReLU(), last, nn.ReLU())
 
 
 class Categorical:
@@ -140,7 +142,7 @@ class Gaussian:
 
 
 class Actor(nn.Module):
-    """(..., obs) -> π_θ(·|s)"""
+    """(..., obs or features) -> π_θ(·|s)"""
 
     def __init__(self, body, num_features, num_actions, discrete):
         super().__init__()
@@ -162,20 +164,20 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q_φ: (B, D) observations, (..., B) or (..., B, A) actions -> (..., B). As V_φ it ignores the actions."""
+    """Q_φ: (B, obs or features), (..., B) or (..., B, A) actions -> (..., B). As V_φ it ignores the actions."""
 
-    def __init__(self, num_obs, num_actions, discrete, sees_actions):
+    def __init__(self, body, num_features, num_actions, discrete, sees_actions):
         super().__init__()
         self.num_actions, self.discrete, self.sees_actions = num_actions, discrete, sees_actions
-        self.body = MLP(num_obs + num_actions if sees_actions else num_obs)
-        self.head = orthogonal(nn.Linear(MLP.num_features, 1), gain=1.0)
+        self.body = body
+        self.head = orthogonal(nn.Linear(num_features, 1), gain=1.0)
 
-    def forward(self, obs, actions):
+    def forward(self, x, actions):
         # What the environment sees of an action: one of its choices, or a vector clipped to the bounds
         inputs = F.one_hot(actions, self.num_actions).float() if self.discrete else actions.clamp(-1, 1)
-        obs = obs.expand(*inputs.shape[:-1], -1)  # (..., B, D): K actions of each state
-        x = torch.cat([obs, inputs], -1) if self.sees_actions else obs
-        return self.head(self.body(x)).squeeze(-1)  # (B,) like the rewards; (B, 1) would broadcast
+        x = x.expand(*inputs.shape[:-1], -1)  # (..., B, D): K actions of each state
+        x = torch.cat([x, inputs], -1) if self.sees_actions else x
+        return self.head(self.body(x)).squeeze(-1)  # like the rewards; with a last dimension of 1 it would broadcast
 
 
 class ActorCritic(nn.Module):
@@ -184,7 +186,8 @@ class ActorCritic(nn.Module):
     def __init__(self, num_obs, num_actions, discrete, sees_actions):
         super().__init__()
         self.actor = Actor(MLP(num_obs), MLP.num_features, num_actions, discrete)
-        self.critic = Critic(num_obs, num_actions, discrete, sees_actions)
+        critic_body = MLP(num_obs + num_actions if sees_actions else num_obs)
+        self.critic = Critic(critic_body, MLP.num_features, num_actions, discrete, sees_actions)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
     @torch.no_grad()
@@ -199,7 +202,8 @@ class ActorCritic(nn.Module):
 
 def td_target(rewards, terminated, next_value, gamma):
     """Regression target of the critic; a time limit is no end, so only `terminated` cuts the bootstrap. All (B,)."""
-    return rewards + gamma * (1 - terminated) * next_value  # (1)
+    assert rewards.shape == terminated.shape == next_value.shape
+    return rewards + gamma * (1 - terminated.to(rewards.dtype)) * next_value  # (1)
 
 
 def critic_loss_fn(q, q_target):
@@ -264,12 +268,8 @@ def loss_fn(agent, batch, args):
     actor_loss = actor_loss_fn(log_probs, advantages, entropy, args.ent_coef)
 
     loss = actor_loss + critic_loss
-    metrics = {
-        "critic_loss": critic_loss,
-        "actor_loss": actor_loss,
-        "value": q.mean(),
-        "entropy": entropy.mean(),
-    }
+    metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss}
+    metrics |= {"value": q.mean(), "entropy": entropy.mean()}
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -285,6 +285,9 @@ def update(agent, optimizer, batch, args):
 
 
 # --- Train ------------------------------------------------------------------------------------------------------------
+# Run checks the flags and seeds all random generators. run.open makes or resumes the run folder, keeps its arguments in
+# checkpoints, and closes all at the end; run.count and run.log write metrics.csv and TensorBoard; run.finish evaluates.
+# make_envs builds the environments: observations are float32 (images: uint8), actions lie in [-1, 1] or begin at 0.
 
 
 def make_agent(envs, args: Args) -> ActorCritic:
@@ -292,11 +295,9 @@ def make_agent(envs, args: Args) -> ActorCritic:
 
 
 def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
-    """A group for each network, so that learning rates do not tie them together."""
-    groups = [
-        {"params": list(agent.actor.parameters()), "lr": args.actor_lr},
-        {"params": list(agent.critic.parameters()), "lr": args.critic_lr or args.actor_lr},
-    ]
+    """A group for each network, so that nothing ties them together."""
+    networks = [(agent.actor, args.actor_lr), (agent.critic, args.critic_lr or args.actor_lr)]
+    groups = [{"params": list(network.parameters()), "lr": lr} for network, lr in networks]
     return torch.optim.Adam(groups, fused=True)
 
 
@@ -328,10 +329,8 @@ def train(args: Args) -> dict:
             next_obs, rewards, terminated, truncated, episodes = envs.step(actions)
 
             # Store
-            buffer.add(
-                valid, obs=obs, actions=actions, old_log_probs=old_log_probs,
-                rewards=rewards, next_obs=next_obs, terminated=terminated,
-            )  # fmt: skip
+            transition = {"obs": obs, "actions": actions, "rewards": rewards, "next_obs": next_obs}
+            buffer.add(valid, **transition, terminated=terminated, old_log_probs=old_log_probs)
             new_steps = int(valid.sum())
             run.count(new_steps, episodes)
             obs, valid = next_obs, ~(terminated | truncated)  # the step after an end only resets

@@ -5,25 +5,26 @@ includes the policy's entropy, weighed by a temperature α that is learned, and 
 several critics (D17). Actions are samples of a Gaussian, squashed into [-1, 1] by tanh; make_envs scales them to the
 environment's own bounds.
 
-    (1)  a = tanh u,  u = μ_θ(s) + σ_θ(s) ε,  ε ~ N(0, 1)
-    (2)  log π(a|s) = Σ_dim [log N(u; μ, σ) − 2 (log 2 − u − softplus(−2u))]
-    (3)  y = r + γ (1 − terminated) (min_i Q̄_i(s', a') − α log π(a'|s'))      a' ~ π_θ(·|s')
-    (4)  L_critic = Σ_i ½ mean (Q_i(s, a) − y)²
-    (5)  L_actor = mean [α log π(a^π|s) − min_i Q_i(s, a^π)]                  a^π ~ π_θ(·|s)
-    (6)  b_k = 1/(K − 1) Σ_{j≠k} S_j,   S_k = min_i Q_i(s, a^π_k) − α log π(a^π_k|s)
-    (7)  L_score = −mean_{s,k} log π(a^π_k|s) (S_k − b_k)
-    (8)  L_alpha = −log α mean (log π(a^π|s) − dim A)
-    (9)  φ̄ ← τ φ + (1 − τ) φ̄
+    (1)  y = r + γ (1 − terminated) S̄(s', a')                  a' ~ π_θ(·|s')
+    (2)  L_critic = Σ_i ½ mean (Q_i(s, a) − y)²
+    (3)  b_k = 1/(K − 1) Σ_{j≠k} S(s, a^π_j)                   a^π_1 ... a^π_K ~ π_θ(·|s)
+    (4)  S(s, a) = min_i Q_i(s, a) − α log π_θ(a|s)
+    (5)  L_actor = −mean_{s,k} S(s, a^π_k)
+    (6)  φ̄ ← τ φ + (1 − τ) φ̄
+    (7)  a = tanh u,  u = μ_θ(s) + σ_θ(s) ε,  ε ~ N(0, 1)
+    (8)  log π_θ(a|s) = Σ_dim [log N(u; μ, σ) − 2 (log 2 − u − softplus(−2u))]
+    (9)  L_alpha = −log α mean (log π_θ(a^π|s) − dim A)
+    (10) L_score = −mean_{s,k} log π_θ(a^π_k|s) (S(s, a^π_k) − b_k)
 
-γ --gamma, τ --tau, α --alpha, Q_i one of the --num-critics, Q̄_i its averaged copy, of parameters φ and φ̄.
-arXiv 1812.05905: (2) eq. 26, (3) eq. 2-5, (5) eq. 9, (8) eq. 18 with log α for α. `--estimator score` takes (7) in
-place of (5), the score function's gradient as in off_policy_ac.py, all else equal.
+γ --gamma, K --num-action-samples, τ --tau, α --alpha, Q_i one of the --num-critics, S̄ made of their averaged copies, of
+parameters φ̄ and φ. arXiv 1812.05905: (1) eq. 2-5, (5) eq. 9, (8) eq. 26, (9) eq. 18 with log α for α. `--estimator
+score` takes (10) in place of (5), the score function's gradient as in off_policy_ac.py, all else equal.
 
     python sac.py                                     Pendulum-v1: greedy return -142 after 10,000 of its steps
     python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000 --critic-lr 3e-4      5100
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and
-the mask `valid` keeps it out of the buffer and the counts. In all other steps next_obs is the true successor of obs.
+the mask `valid` keeps it out of what is learned and counted. All other steps show the true successor of a state.
 """
 
 import copy
@@ -62,7 +63,7 @@ class Args(RunArgs):
     alpha: Literal["auto"] | Positive = "auto"  # α, weight of the entropy: tuned to an entropy of −dim A, or fixed
     tau: Share = 0.005  # τ, share of the critics that their averaged copy takes over in an update
     actor_lr: Positive = 3e-4  # learning rate of the actor and of the temperature
-    critic_lr: Positive = 1e-3  # learning rate of the critics
+    critic_lr: Positive | None = 1e-3  # learning rate of the critics; None: that of the actor
     compile: bool = False  # torch.compile the update, which takes up to a minute before the first one
 
 
@@ -86,47 +87,38 @@ def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
 
 
 class MLP(nn.Sequential):
-    """(..., num_inputs) -> (..., 256)"""
+    """(..., num_inputs) -> (..., num_features)"""
 
     num_features = 256
 
     def __init__(self, num_inputs):
-        hidden = orthogonal(nn.Linear(num_inputs, 256))
-        super().__init__(hidden, nn.ReLU(), orthogonal(nn.Linear(256, 256)), nn.ReLU())
+        hidden = orthogonal(nn.Linear(num_inputs, self.num_features))
+        last = orthogonal(nn.Linear(self.num_features, self.num_features))
+        super().__init__(hidden, nn.ReLU(), last, nn.ReLU())
 
 
 class SquashedGaussian:
-    """π over actions tanh u (..., A), u from independent Gaussians; mean and log σ (..., A) from the network."""
+    """π over actions tanh u (..., A), given as u: independent Gaussians, mean and log σ (..., A) from the network."""
 
     def __init__(self, mean, log_std):
         self.mean, self.log_std = mean, log_std
 
     def sample(self, *num):
-        return self.sample_u(*num).tanh()  # (1)
+        noise = torch.randn(*num, *self.mean.shape, device=self.mean.device)
+        return self.mean + self.log_std.exp() * noise  # (7)
 
     def mode(self):
-        return self.mean.tanh()
-
-    def sample_with_log_prob(self, *num, reparam=True):
-        """Actions and their log-density; without `reparam` the actions are constants, for the score function."""
-        u = self.sample_u(*num)
-        u = u if reparam else u.detach()
-        log_probs = self.log_prob(u)
-        return u.tanh(), log_probs
-
-    def sample_u(self, *num):
-        noise = torch.randn(*num, *self.mean.shape, device=self.mean.device)
-        return self.mean + self.log_std.exp() * noise  # (1)
+        return self.mean
 
     def log_prob(self, u):
         """Log-density of the action tanh u. Exact also where log(1 − tanh² u) has lost all digits."""
         z = (u - self.mean) / self.log_std.exp()
         log_normal = -(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi))
-        return (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)  # (2)
+        return (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)  # (8)
 
 
 class Actor(nn.Module):
-    """(..., obs) -> π_θ(·|s)"""
+    """(..., obs or features) -> π_θ(·|s)"""
 
     def __init__(self, body, num_features, num_actions):
         super().__init__()
@@ -151,21 +143,19 @@ class BatchedLinear(nn.Module):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-class Critics(nn.Module):
-    """Q_1 ... Q_M: (B, D) observations, (..., B, A) actions -> (M, ..., B)"""
+class Critic(nn.Module):
+    """Q_1 ... Q_M: (B, obs or features), (..., B, A) actions -> (M, ..., B). The same as M copies of a critic."""
 
-    def __init__(self, num, num_obs, num_actions):
+    def __init__(self, body, num_features, num_critics):
         super().__init__()
-        self.num = num
-        hidden, last = BatchedLinear(num, num_obs + num_actions, 256), BatchedLinear(num, 256, 256)
-        self.body = nn.Sequential(hidden, nn.ReLU(), last, nn.ReLU())
-        self.head = BatchedLinear(num, 256, 1, gain=1.0)
+        self.num_critics = num_critics
+        self.body = body
+        self.head = BatchedLinear(num_critics, num_features, 1, gain=1.0)
 
-    def forward(self, obs, actions):
-        obs = obs.expand(*actions.shape[:-1], -1)  # (..., B, D): K actions of each state
-        x = torch.cat([obs, actions], -1).flatten(0, -2).expand(self.num, -1, -1)
-        q = self.head(self.body(x))  # (M, ... * B, 1)
-        return q.view(self.num, *actions.shape[:-1])  # like the rewards; (..., B, 1) would broadcast
+    def forward(self, x, actions):
+        x = x.expand(*actions.shape[:-1], -1)  # (..., B, D): K actions of each state
+        x = torch.cat([x, actions], -1).flatten(0, -2).expand(self.num_critics, -1, -1)
+        return self.head(self.body(x)).view(-1, *actions.shape[:-1])  # like the rewards; (..., 1) would broadcast
 
 
 class ActorCritic(nn.Module):
@@ -174,58 +164,65 @@ class ActorCritic(nn.Module):
     def __init__(self, num_obs, num_actions, num_critics, alpha):
         super().__init__()
         self.actor = Actor(MLP(num_obs), MLP.num_features, num_actions)
-        self.critics = Critics(num_critics, num_obs, num_actions)
-        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        hidden, last = BatchedLinear(num_critics, num_obs + num_actions, 256), BatchedLinear(num_critics, 256, 256)
+        critic_body = nn.Sequential(hidden, nn.ReLU(), last, nn.ReLU())
+        self.critic = Critic(critic_body, MLP.num_features, num_critics)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(float(alpha)).log())
 
     @torch.no_grad()
     def act(self, obs, greedy=False):
-        """obs (N, ...) -> actions (N, A), sampled, or tanh of the Gaussian's mean."""
+        """obs (N, ...) -> actions (N,) or (N, A), sampled or the most likely ones."""
         policy = self.actor(obs)
-        return policy.mode() if greedy else policy.sample()
+        return (policy.mode() if greedy else policy.sample()).tanh()
 
 
 # --- Equations --------------------------------------------------------------------------------------------------------
 
 
-def soft_td_target(rewards, terminated, next_q, next_log_probs, alpha, gamma):
-    """Regression target of every critic, the entropy of what follows included. next_q (M, B), the rest (B,)."""
-    next_value = next_q.amin(0) - alpha * next_log_probs
-    return rewards + gamma * (1 - terminated) * next_value  # (3)
+def td_target(rewards, terminated, next_value, gamma):
+    """Regression target of the critic; a time limit is no end, so only `terminated` cuts the bootstrap. All (B,)."""
+    assert rewards.shape == terminated.shape == next_value.shape
+    return rewards + gamma * (1 - terminated.to(rewards.dtype)) * next_value  # (1)
 
 
 def critic_loss_fn(q, q_target):
-    """Regression of every critic on the same targets, which are constants. (M, B) and (B,)."""
+    """Regression of every critic on the targets, which are constants. (M, B) and (B,)."""
     assert q.shape[1:] == q_target.shape
-    return 0.5 * ((q - q_target) ** 2).mean(-1).sum()  # (4)
-
-
-def actor_loss_fn(log_probs, q, alpha):
-    """Its gradient flows through the actions into Q (D16), arXiv 1812.05905 eq. 9. (K, B) and (M, K, B)."""
-    assert log_probs.shape == q.shape[1:]
-    return (alpha * log_probs - q.amin(0)).mean()  # (5)
+    return 0.5 * ((q - q_target) ** 2).mean(-1).sum()  # (2)
 
 
 def leave_one_out(q):
     """Baseline of sample k: the mean of the others; it does not depend on action k, so it adds no bias. (K, B)."""
-    return (q.sum(0) - q) / (len(q) - 1)  # (6)
+    return (q.sum(0) - q) / (len(q) - 1)  # (3)
 
 
-def score_loss_fn(log_probs, q, alpha):
-    """The same gradient in expectation, by the score function; q is a constant. (K, B) and (M, K, B)."""
-    scores = q.amin(0) - alpha * log_probs.detach()
-    return -(log_probs * (scores - leave_one_out(scores))).mean()  # (7)
+def soft_value(q, log_probs, alpha):
+    """What the smallest estimate and the entropy of an action are worth together. (M, ...) and (...)."""
+    assert q.shape[1:] == log_probs.shape
+    return q.amin(0) - alpha * log_probs  # (4)
+
+
+def actor_loss_fn(scores):
+    """Its gradient flows through the actions into Q (D16), arXiv 1812.05905 eq. 9. Soft values, (K, B)."""
+    return -scores.mean()  # (5)
+
+
+def score_loss_fn(log_probs, scores):
+    """The same gradient in expectation, by the score function; scores are constants. Both (K, B)."""
+    assert log_probs.shape == scores.shape
+    return -(log_probs * (scores - leave_one_out(scores))).mean()  # (10)
 
 
 def alpha_loss_fn(log_alpha, log_probs, num_dims):
-    """Raises α where the policy's entropy is below the target −dim A, lowers it above. log_probs are constants."""
-    return -log_alpha * (log_probs.detach() - num_dims).mean()  # (8)
+    """Raises α where the policy's entropy is below the target −dim A, lowers it above; log_probs are constants."""
+    return -log_alpha * (log_probs.detach() - num_dims).mean()  # (9)
 
 
 @torch.no_grad()
 def polyak_update(target, source, tau):
     """The target network follows slowly, so that the critic does not chase itself (D17)."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)  # (9)
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)  # (6)
 
 
 # --- Update -----------------------------------------------------------------------------------------------------------
@@ -238,50 +235,53 @@ def loss_fn(agent, batch, args):
     # Targets
     with torch.no_grad():
         next_policy = agent.actor(batch.next_obs)
-        next_actions, next_log_probs = next_policy.sample_with_log_prob()  # what the policy would do now (D10)
-        next_q = agent.target_critics(batch.next_obs, next_actions)  # (M, B)
-        q_target = soft_td_target(batch.rewards, batch.terminated, next_q, next_log_probs, alpha, args.gamma)
+        next_u = next_policy.sample()  # (B, A): what the policy would do now (D10)
+        next_actions = next_u.tanh()  # (7)
+        next_q = agent.target_critic(batch.next_obs, next_actions)  # (M, B)
+        next_value = soft_value(next_q, next_policy.log_prob(next_u), alpha)
+        q_target = td_target(batch.rewards, batch.terminated, next_value, args.gamma)
 
-    # Critics
-    q = agent.critics(batch.obs, batch.actions)  # (M, B): valid for any action, of whichever policy
+    # Critic
+    q = agent.critic(batch.obs, batch.actions)  # (M, B): valid for any action, of whichever policy
     critic_loss = critic_loss_fn(q, q_target)
 
     # Actor
-    reparam = args.estimator == "reparam"
     policy = agent.actor(batch.obs)
-    # (K, B, A) and (K, B): fresh actions, not the buffer's (D11)
-    pi_actions, log_probs = policy.sample_with_log_prob(args.num_action_samples, reparam=reparam)
+    pi_u = policy.sample(args.num_action_samples)  # (K, B, A): fresh, without the simulator (D11, D14)
+    pi_u = pi_u if args.estimator == "reparam" else pi_u.detach()
+    log_probs, pi_actions = policy.log_prob(pi_u), pi_u.tanh()  # (K, B) and (K, B, A)
     # The gradient goes through Q into the actions (D16), not into the critics' parameters
-    constants = {name: p.detach() for name, p in agent.critics.named_parameters()}
-    pi_q = functional_call(agent.critics, constants, (batch.obs, pi_actions))  # (M, K, B)
-    actor_loss = (actor_loss_fn if reparam else score_loss_fn)(log_probs, pi_q, alpha)
+    constants = {name: p.detach() for name, p in agent.critic.named_parameters()}
+    pi_q = functional_call(agent.critic, constants, (batch.obs, pi_actions))  # (M, K, B)
+    scores = soft_value(pi_q, log_probs, alpha)
+    if args.estimator == "reparam":
+        actor_loss = actor_loss_fn(scores)
+    else:
+        actor_loss = score_loss_fn(log_probs, scores.detach())
 
     # Temperature
     alpha_loss = alpha_loss_fn(agent.log_alpha, log_probs, pi_actions.shape[-1])
 
     loss = actor_loss + critic_loss + alpha_loss
-    metrics = {
-        "critic_loss": critic_loss,
-        "actor_loss": actor_loss,
-        "alpha_loss": alpha_loss,
-        "value": q.mean(),
-        "entropy": -log_probs.mean(),
-        "alpha": alpha,
-    }
+    metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, "alpha_loss": alpha_loss}
+    metrics |= {"value": q.mean(), "entropy": -log_probs.mean(), "alpha": alpha}
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 def update(agent, optimizer, batch, args):
-    """One gradient step on a batch, and a step of the target networks."""
+    """One gradient step on a batch, and a step of the target network."""
     loss, metrics = loss_fn(agent, batch, args)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    polyak_update(agent.target_critics, agent.critics, args.tau)
+    polyak_update(agent.target_critic, agent.critic, args.tau)
     return metrics
 
 
 # --- Train ------------------------------------------------------------------------------------------------------------
+# Run checks the flags and seeds all random generators. run.open makes or resumes the run folder, keeps its arguments in
+# checkpoints, and closes all at the end; run.count and run.log write metrics.csv and TensorBoard; run.finish evaluates.
+# make_envs builds the environments: observations are float32 (images: uint8), actions lie in [-1, 1] or begin at 0.
 
 
 def make_agent(envs, args: Args) -> ActorCritic:
@@ -290,12 +290,10 @@ def make_agent(envs, args: Args) -> ActorCritic:
 
 
 def make_optimizer(agent: ActorCritic, args: Args) -> torch.optim.Optimizer:
-    """A group for each network, so that learning rates do not tie them together; log α has the actor's."""
-    groups = [
-        {"params": list(agent.actor.parameters()), "lr": args.actor_lr},
-        {"params": list(agent.critics.parameters()), "lr": args.critic_lr},
-        {"params": [agent.log_alpha], "lr": args.actor_lr if args.alpha == "auto" else 0.0},
-    ]
+    """A group for each network, so that nothing ties them together; log α has the actor's."""
+    networks = [(agent.actor, args.actor_lr), (agent.critic, args.critic_lr or args.actor_lr)]
+    groups = [{"params": list(network.parameters()), "lr": lr} for network, lr in networks]
+    groups += [{"params": [agent.log_alpha], "lr": args.actor_lr if args.alpha == "auto" else 0.0}]
     return torch.optim.Adam(groups, fused=True)
 
 
@@ -329,7 +327,8 @@ def train(args: Args) -> dict:
             next_obs, rewards, terminated, truncated, episodes = envs.step(actions)
 
             # Store
-            buffer.add(valid, obs=obs, actions=actions, rewards=rewards, next_obs=next_obs, terminated=terminated)
+            transition = {"obs": obs, "actions": actions, "rewards": rewards, "next_obs": next_obs}
+            buffer.add(valid, **transition, terminated=terminated)
             new_steps = int(valid.sum())
             run.count(new_steps, episodes)
             obs, valid = next_obs, ~(terminated | truncated)  # the step after an end only resets
