@@ -62,7 +62,7 @@ class DistributedRun(Run):
 
     def open(self, agent, envs, **parts):
         """All ranks begin with the same parameters, add up their gradients, and draw other noise each."""
-        self.reduce = GradientSum(agent, lambda: self.share).reduce
+        GradientSum(agent, lambda: self.share)
         if self.args.normalize_obs:
             envs.env.obs_rms.update = Moments(envs.env.obs_rms)
         seed_generators(env_seed(self.args.seed, 2**62, RANK))
@@ -255,6 +255,9 @@ class Follower:
     def state_dict(self) -> dict:
         return {}
 
+    def recent_return(self) -> float:
+        return 0.0
+
     def log(self, *_): ...
     def close(self): ...
 
@@ -277,14 +280,10 @@ class GradientSum:
         if self._arrived == len(self._params):
             self._arrived = 0
             grads = [p.grad for p in self._params]
-            flat = self.reduce(torch.cat([g.flatten() for g in grads]))
+            flat = torch.cat([g.flatten() for g in grads]) * self._share()
+            dist.all_reduce(flat)
             for g, summed in zip(grads, flat.split([g.numel() for g in grads])):
                 g.copy_(summed.view(g.shape))
-
-    def reduce(self, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient * self._share()
-        dist.all_reduce(gradient)
-        return gradient
 
 
 class Moments:

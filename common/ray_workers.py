@@ -1,7 +1,7 @@
 """Workers as Ray actors, on however many machines there are: --engine ray.
 
-The interface is that of common/workers.py. A worker is asked for one record at a time, and the newest news travel with
-the request, through Ray's object store: a machine gets them once, however many workers it has. What dies, with its
+The interface is that of common/workers.py. A worker is asked for one record at a time, and the newest parameters travel
+with the request, through Ray's object store: a machine gets them once, however many workers it has. What dies, with its
 machine or alone, ends the call that waits for it.
 """
 
@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from contextlib import ExitStack
 
@@ -22,8 +23,9 @@ import ray
 import torch
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
+from common.checkpoint import set_precision
 from common.flags import ROOT, UserError
-from common.workers import BaseWorkers
+from common.workers import BaseWorkers, copy_parameters
 
 CONNECT_SECONDS = 10.0  # for a cluster to answer
 
@@ -34,7 +36,7 @@ class Worker:
     def __init__(self, index: int, generation: int, precision: str, program: bytes):
         self.index, self.generation, self.at_exit = index, generation, ExitStack()
         self._news, self._records = queue.SimpleQueue(), queue.SimpleQueue()
-        torch.set_float32_matmul_precision(precision)
+        set_precision(precision)
         self._thread = threading.Thread(target=self._run, args=(program,), daemon=True)
         self._thread.start()
 
@@ -59,26 +61,27 @@ class Worker:
         return self._records.get()
 
     def close(self):
-        self._news.put(SystemExit)
+        self._news.put(None)
         self._thread.join()
 
     # What the target calls, as of common/workers.py
 
-    def next(self):
-        news = self._news.get()
-        if news is SystemExit:
+    def next(self, module: torch.nn.Module) -> int:
+        if (news := self._news.get()) is None:
             sys.exit()
-        return news
+        version, params = news
+        copy_parameters(module.parameters(), params)
+        return version
 
-    def send(self, **record):
-        self._records.put(record)
+    def send(self, arrays=(), **record):
+        self._records.put(record | {"arrays": list(arrays)})
 
 
 class Workers(BaseWorkers):
-    """Ray actors that run target(worker, *args), spread over the machines. close() ends them."""
+    """Ray actors that run target(worker, *args), spread over the machines."""
 
-    def __init__(self, target, num: int):
-        super().__init__(target, num)
+    def __init__(self, target, num: int, args, module: torch.nn.Module, arrays=()):
+        super().__init__(target, num, args, module, arrays)
         self._actors, self._calls = [None] * num, {}  # those without an answer: reference -> worker
         self._has_started_ray = connect(num)
 
@@ -86,38 +89,39 @@ class Workers(BaseWorkers):
         self._program = ray.put(cloudpickle.dumps((self._target, args)))
         super().start(*args)
 
-    def publish(self, news):
-        self._news = ray.put(news)
+    def publish(self, version: int):
+        self._news = ray.put((version, [p.detach().cpu() for p in self._module.parameters()]))
 
     def _launch(self, index: int):
         # The same folders hold the same modules on every machine
         folders = [str(ROOT), os.getcwd(), *(x for x in sys.path if not x.startswith((sys.prefix, sys.base_prefix)))]
         environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(folders)}}
         make = ray.remote(num_cpus=1, max_concurrency=3, scheduling_strategy="SPREAD", runtime_env=environment)(Worker)
-        args = index, self._generations[index], torch.get_float32_matmul_precision(), self._program
-        self._actors[index] = make.remote(*args)
+        self._actors[index] = make.remote(index, self._generations[index], self._precision, self._program)
         self._ask(index)
+        self._due[index] = float("inf")  # it may wait for a machine with a free CPU as long as it takes
 
     def _ask(self, index: int):
         self._calls[self._actors[index].ask.remote(self._news)] = index
+        self._due[index] = time.monotonic() + self._timeout
 
-    def receive(self, seconds: float = 0.1) -> dict | None:
-        """A record of a worker; None if there is none for so long."""
+    def _look(self, seconds: float):
         answered, _ = ray.wait(list(self._calls), timeout=seconds)
-        if not answered:
-            return None
-        index = self._calls.pop(answered[0])
-        try:
-            answer = ray.get(answered[0])
-        except RayError as error:
-            self._replace(index, cause_of(error))
-            return None
-        if isinstance(answer, str):
-            self._replace(index, answer)
-            return None
-        self._failures = 0
+        for call in answered:
+            index = self._calls.pop(call)
+            try:
+                answer = ray.get(call)
+            except RayError as error:
+                answer = cause_of(error)
+            if isinstance(answer, str):
+                self._replace(index, answer)
+            else:
+                self._due[index] = float("inf")
+                self._records.append((index, answer))
+
+    def _take(self, index: int, record: dict) -> dict:
         self._ask(index)
-        return answer
+        return record
 
     def _end(self, *indices: int):
         """Lets them close what they own, for a second at most, and kills them."""
@@ -126,12 +130,11 @@ class Workers(BaseWorkers):
             ray.wait(closing, num_returns=len(closing), timeout=1)
         for index in indices:
             ray.kill(self._actors[index])
-            self._actors[index] = None
         self._calls = {call: index for call, index in self._calls.items() if index not in indices}
 
     def close(self):
-        """Ends all actors, and Ray where it was started for them."""
-        self._end(*(index for index, actor in enumerate(self._actors) if actor is not None))
+        """Ends all of them, and Ray where it was started for them."""
+        super().close()
         if self._has_started_ray:
             self._has_started_ray = False
             ray.shutdown()
