@@ -112,7 +112,7 @@ def start_zygote():
     return ours
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     """(exit status, stdout, stderr)"""
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
@@ -134,6 +134,6 @@ def all_workers_begin(monkeypatch):
 
     def start(workers, *args):
         original(workers, *args)
-        wait_for(lambda: all(mailbox.is_full() for mailbox in workers._mailboxes))
+        wait_for(lambda: all(pipe.poll() for pipe in workers._pipes), timeout=300)  # each has said that it begins
 
     monkeypatch.setattr(Workers, "start", start)

@@ -70,7 +70,7 @@ def session_members(session):
     return [pid for pid, _, found, _ in processes() if found == session]
 
 
-def wait_for(condition, timeout=60):
+def wait_for(condition, timeout=300):
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "timed out"
