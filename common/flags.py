@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
@@ -86,11 +87,13 @@ def parse(train, Args) -> RunArgs:
     script, (title, _, text) = Path(module.__file__).stem, module.__doc__.partition("\n\n")
     folder = re.search(r"\0--resume[=\0]([^\0]+)", "\0".join(sys.argv))
     default = saved_args(folder[1], Args, script) if folder else Args()
-    hints, source = get_type_hints(Args, include_extras=True), inspect.getsource(RunArgs) + inspect.getsource(Args)
-    helps = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.M))
+    hints, helps = get_type_hints(Args, include_extras=True), {}
+    for each in Args.__mro__[-2::-1]:
+        with suppress(OSError):  # where there is no source, there is no help
+            helps |= re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(each), re.M)
 
     def box(names):
-        types = {n: Annotated[hints[n], tyro.conf.arg(help=helps[n])] for n in names}
+        types = {n: Annotated[hints[n], tyro.conf.arg(help=helps.get(n, ""))] for n in names}
         flags = [(n, kind, field(default_factory=lambda n=n: getattr(default, n))) for n, kind in types.items()]
         return tyro.conf.OmitArgPrefixes[make_dataclass("Flags", flags)]
 

@@ -48,9 +48,9 @@ STEPS = "--total-timesteps 200000"
 SLOW = "--env-id experiments.uneven:SlowCartPole-v0 --total-timesteps 60000 --eval-episodes 1 --checkpoint-every 60000"
 EIGHT = {  # eight environments at a time; batches of 64 transitions, but of 8 with hogwild, an update for each worker
     "a2c_sync.py": f"a2c_sync.py {SLOW} --vectorization async --num-envs 8 --actor-lr 5e-3",
-    "a3c_async.py, pooled": f"a3c_async.py {SLOW} --num-workers 8 --envs-per-worker 1 --update pooled --batch-size 64 "
+    "a3c_async.py, pooled": f"a3c_async.py {SLOW} --num-workers 8 --num-envs 8 --update pooled --batch-size 64 "
     "--actor-lr 5e-3",
-    "a3c_async.py, hogwild": f"a3c_async.py {SLOW} --num-workers 8 --envs-per-worker 1 --actor-lr 5e-3",
+    "a3c_async.py, hogwild": f"a3c_async.py {SLOW} --num-workers 8 --num-envs 8 --actor-lr 5e-3",
 }
 EVEN = {row: command + """ --env-kwargs '{"uneven": false}'""" for row, command in EIGHT.items()}
 HOPPER = "--compile --env-id Hopper-v5 --total-timesteps 50000 --learning-starts 5000"

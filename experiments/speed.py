@@ -342,9 +342,7 @@ def buffer_worker(name: str, calls: int) -> dict:
     if name == "ours":
         from common.ring_buffer import RingBuffer
 
-        fields = {"obs": ((17,), np.float32), "actions": ((6,), np.float32), "rewards": ((), np.float32)}
-        fields |= {"next_obs": ((17,), np.float32), "terminated": ((), np.float32)}
-        buffer = RingBuffer(size, fields)
+        buffer = RingBuffer(size)
 
         def add():
             buffer.add(valid, obs=obs[0], actions=action, rewards=reward, next_obs=obs[1], terminated=done)
@@ -463,17 +461,15 @@ def parts_worker(compiled: bool, steps: int = 1_500) -> dict:
     import torch
 
     import sac
-    from common.precision import choose_precision, set_precision
+    from common.checkpoint import set_precision
 
     torch.set_num_threads(os.cpu_count())
     args, device = sac.Args(env_id="HalfCheetah-v5"), torch.device("cpu")
     envs = sac.make_envs(args)
     agent = sac.make_agent(envs, args)
     optimizer = sac.make_optimizer(agent, args)
-    set_precision(choose_precision("auto", agent, device))
-    number = ((), np.float32)
-    fields = {"obs": envs.obs_spec, "actions": envs.action_spec, "rewards": number, "next_obs": envs.obs_spec}
-    buffer = sac.RingBuffer(10_000, fields | {"terminated": number}, device)
+    set_precision("auto")
+    buffer = sac.RingBuffer(10_000, device)
     update = sac.compiled(sac.update, device) if compiled else sac.update
     obs, valid, clock, names = envs.reset(seed=1)[0], np.ones(1, bool), time.perf_counter, "act env store sample update"
     times = np.zeros((steps, 5))

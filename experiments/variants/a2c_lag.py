@@ -14,10 +14,8 @@ past = deque()  # the agents before the last updates, the oldest first
 
 @dataclass
 class Args(a2c_sync.Args):
-    lag: int = 0
-    """updates between the parameters that act and those that learn"""
-    old_gradient: bool = False
-    """take the gradient at the parameters that acted, as hogwild does; else at the newest"""
+    lag: int = 0  # updates between the parameters that act and those that learn
+    old_gradient: bool = False  # take the gradient at the parameters that acted, as hogwild does; else at the newest
 
 
 def acting(agent):

@@ -4,7 +4,7 @@ import torch
 
 import a2c_sync
 
-a2c_sync.RMSpropA3C = lambda groups: torch.optim.RMSprop(groups, alpha=0.99, eps=1e-5)
+a2c_sync.RMSpropA3C = lambda groups, eps: torch.optim.RMSprop(groups, alpha=0.99, eps=eps)
 a2c_sync.__file__ = __file__  # a run's folder tells this from a2c_sync.py
 
 if __name__ == "__main__":

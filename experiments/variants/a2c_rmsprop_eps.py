@@ -5,8 +5,8 @@ import torch
 import a2c_sync
 
 
-def rmsprop(groups):
-    optimizer = torch.optim.RMSprop(groups, alpha=0.99, eps=1e-5)
+def rmsprop(groups, eps):
+    optimizer = torch.optim.RMSprop(groups, alpha=0.99, eps=eps)
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {"step": torch.zeros(()), "square_avg": torch.ones_like(p)}

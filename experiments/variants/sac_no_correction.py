@@ -1,4 +1,4 @@
-"""sac.py that takes the density of u for that of the action tanh u: (2) without its second half."""
+"""sac.py that takes the density of u for that of the action tanh u: (8) without its second half."""
 
 import math
 

@@ -15,8 +15,10 @@ def overestimation(agent, args, steps=1000, num_envs=10) -> dict:
     spec.max_episode_steps = limit
     obs, done = envs.reset(seed=0)[0], torch.zeros(num_envs)
     for _ in range(steps):
-        actions, log_probs = agent.actor(torch.as_tensor(obs)).sample_with_log_prob()
-        q, valid = agent.critics(torch.as_tensor(obs), actions).amin(0), 1 - done
+        policy = agent.actor(torch.as_tensor(obs))
+        u = policy.sample()
+        actions, log_probs = u.tanh(), policy.log_prob(u)
+        q, valid = agent.critic(torch.as_tensor(obs), actions).amin(0), 1 - done
         obs, rewards, terminated, truncated, _ = envs.step(actions.numpy())
         done = torch.as_tensor(terminated | truncated).float()
         seen.append((q, valid, torch.as_tensor(rewards), log_probs, torch.as_tensor(terminated)))
