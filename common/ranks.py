@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common import checkpoint
 from common.checkpoint import env_seed, random_state, seed_generators
 from common.flags import UserError, parse, read_args, saved_args
 from common.run import Run
@@ -57,8 +58,8 @@ class DistributedRun(Run):
         self._made_by["job"] = JOB
         args.num_envs = part(args.num_envs)
 
-    def _find_folder(self):
-        return by_first(super()._find_folder)
+    def find_folder(self, *args):
+        return by_first(lambda: checkpoint.find_folder(*args))
 
     def open(self, agent, envs, **parts):
         """All ranks begin with the same parameters, add up their gradients, and draw other noise each."""

@@ -39,7 +39,7 @@ def run_cli(train, Args):
 class Run:
     """One training run; `env_steps` and `updates` count what has been done. Nothing is written before open()."""
 
-    launcher = "python"
+    launcher, find_folder = "python", staticmethod(checkpoint.find_folder)
 
     def __init__(self, args: RunArgs, script: str):
         check_ranges(args)
@@ -50,7 +50,7 @@ class Run:
         self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.env_steps = self.updates = self._new_steps = self._next_log = 0
         self._stop_signal, self._is_trained = None, False
-        self.name, self._saved = self._find_folder()
+        self.name, self._saved = self.find_folder(args, self.script.stem)
         self.dir = Path(self.name).absolute()  # an environment may change the working directory
         self._at_exit = ExitStack()  # of what the process has in common with the program that called train()
         self._at_exit.callback(checkpoint.restore_random, checkpoint.random_state())
@@ -59,9 +59,6 @@ class Run:
         torch.set_num_threads(args.num_threads)
         checkpoint.set_precision(args.matmul_precision, self.device.type)
         checkpoint.seed_generators(args.seed)
-
-    def _find_folder(self) -> tuple[str, dict | None]:
-        return checkpoint.find_folder(self.args, self.script.stem)
 
     @contextmanager
     def open(self, **parts):
@@ -151,9 +148,8 @@ class Run:
             raise FloatingPointError("agent's weights")
         is_early = 0 < self.env_steps < self.args.total_timesteps and self._stop_signal is None
         if is_early and self.logger.recent_return() is None and hasattr(self._parts["envs"], "reset"):
-            tqdm.write(
-                "No episode has ended yet, and a checkpoint resets all: a larger --checkpoint-every lets them end."
-            )
+            words = "No episode has ended yet, and a checkpoint resets all: a larger --checkpoint-every lets them end."
+            tqdm.write(words, file=sys.stderr)
         counters = {"env_steps": self.env_steps, "updates": self.updates, "next_log": self._next_log}
         content = {"script": self.script.stem, **counters, "logger": self.logger.state_dict(), "parts": states}
         self._write(content | more)

@@ -137,3 +137,11 @@ def all_workers_begin(monkeypatch):
         wait_for(lambda: all(pipe.poll() for pipe in workers._pipes), timeout=300)  # each has said that it begins
 
     monkeypatch.setattr(Workers, "start", start)
+
+
+@pytest.fixture
+def double():
+    """float64: for numbers that are compared with numbers from elsewhere."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -1,11 +1,51 @@
-"""What tests read out of a run folder."""
+"""Short runs, and what tests read out of a run folder."""
 
 import csv
+import dataclasses
+import importlib
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
+
+import a2c_sync
+import a3c_async
+import off_policy_ac
+import sac
+from common.run import run_cli
+from evaluate import load_args
+
+SCRIPTS = {"a2c_sync": a2c_sync, "a3c_async": a3c_async, "off_policy_ac": off_policy_ac, "sac": sac}
+REPLAY = {"learning_starts": 60, "batch_size": 16, "buffer_size": 200}
+SHORT = {
+    a2c_sync: {"num_envs": 2, "num_steps": 3},
+    a3c_async: {"num_envs": 2, "num_workers": 1, "num_steps": 3},
+    off_policy_ac: REPLAY,
+    sac: REPLAY,
+}
+
+
+def short_run(script=a2c_sync, **flags):
+    flags = {"run_dir": "run", "total_timesteps": 120, "eval_episodes": 1} | SHORT[script] | flags
+    return script.train(script.Args(**flags))
+
+
+def resume(run_dir="run", **flags):
+    args = dataclasses.replace(load_args(run_dir), **flags)
+    return importlib.import_module(type(args).__module__).train(args)
+
+
+def command_line(monkeypatch, *words, script=a2c_sync):
+    """As in a shell, but in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
+    return run_cli(script.train, script.Args)
+
+
+def content(folder):
+    """Every file of a folder and its bytes."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def metrics(run_dir):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -80,13 +81,36 @@ def test_scaled_rewards_are_for_learning_only():
         envs.close()
 
 
-@pytest.mark.parametrize(
-    "flags", [{"vectorization": "sync"}, {"vectorization": "async"}, {"normalize_obs": True}], ids=str
-)
-def test_what_atari_does_not_take_is_refused(workdir, flags):
-    with pytest.raises(UserError, match="--vectorization at auto|--normalize-obs is for vectors"):
-        train(Args(**PONG | flags))
+def test_images_are_not_normalized(workdir):
+    with pytest.raises(UserError, match="--normalize-obs is for vectors"):
+        train(Args(**PONG, normalize_obs=True))
     assert list(Path(".").iterdir()) == []
+
+
+def test_atari_is_native_whatever_the_vectorization():
+    envs = make_envs(Args(**PONG, vectorization="async"))
+    assert type(envs.unwrapped).__name__ == "AtariVectorEnv"
+    envs.close()
+
+
+@pytest.mark.parametrize(
+    "env_id, today",
+    [
+        ("PongNoFrameskip-v4", "ALE/Pong-v5"),
+        ("BreakoutDeterministic-v4", "ALE/Breakout-v5"),
+        ("Pong-v4", "ALE/Pong-v5"),
+        ("HalfCheetah-v2", "HalfCheetah-v5"),
+        ("Walker2d-v3", "Walker2d-v5"),
+        ("MyEnv-v0", None),
+        ("CartPole-v7", None),
+    ],
+)
+def test_ids_of_former_days_have_a_hint(env_id, today):
+    """And gymnasium's own words stand before it; ids that nobody knows get no made-up hint."""
+    with pytest.raises(UserError) as refused:
+        make_envs(Args(env_id=env_id))
+    hints = re.findall(r"Did you mean ([\w/-]+)\?", str(refused.value))
+    assert hints == [today] * (today is not None) and env_id in str(refused.value)
 
 
 @pytest.mark.parametrize("network", [pytest.param("separate", marks=pytest.mark.slow), "shared"])

@@ -1,5 +1,7 @@
 """A run that is killed and resumed is the run that never was; and nobody loses what a run folder holds."""
 
+import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -7,7 +9,7 @@ import pickle
 import random
 import shutil
 import signal
-import sys
+import subprocess
 import time
 from pathlib import Path
 
@@ -15,36 +17,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, finish, start
-from helpers import checkpoint, events, metrics, results, same, wait_for
+from helpers import checkpoint, command_line, content, events, metrics, results, resume, same, short_run, wait_for
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import a2c_sync
 import off_policy_ac
 import sac
-from a2c_sync import Args, train
 from common import checkpoint as checkpoint_module
 from common.checkpoint import env_seed, load_checkpoint, save_checkpoint
 from common.envs import make_envs
 from common.flags import UserError
 from common.logger import Logger
-from common.run import run_cli
 from evaluate import load_agent, load_args
-
-SHORT = {"total_timesteps": 100, "num_envs": 2, "eval_episodes": 1}
-
-
-def resume(run_dir="run", **flags):
-    return train(dataclasses.replace(load_args(run_dir), **flags))
-
-
-def content(folder):
-    """Every file of a folder and its bytes."""
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def command_line(monkeypatch, *words, script=a2c_sync):
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
-    return run_cli(script.train, script.Args)
 
 
 def until_next_second(run_dir="."):
@@ -53,22 +37,29 @@ def until_next_second(run_dir="."):
     wait_for(lambda: time.time() >= last + 1)
 
 
+def assert_same_run(a, b):
+    """Weights, optimizer, buffer, statistics, generators, counters and logs."""
+    ours, theirs = checkpoint(a), checkpoint(b)
+    assert same(ours["parts"], theirs["parts"]) and same(ours["random"], theirs["random"])
+    assert all(ours[name] == theirs[name] for name in ("env_steps", "updates", "next_log"))
+    assert metrics(a) == metrics(b) and results(a) == results(b)
+
+
 # --- Bit-identical ----------------------------------------------------------------------------------------------------
 
-RESUMED = {"num_envs": 4, "total_timesteps": 6_000, "checkpoint_every": 300, "eval_episodes": 3}
-SLOWER = {"num_envs": 2, "total_timesteps": 600, "checkpoint_every": 60, "learning_starts": 50, "batch_size": 16}
+FLAGS = {"num_envs": 4, "total_timesteps": 6_000, "checkpoint_every": 300, "eval_episodes": 3}
+SLOWER = {"num_envs": 2, "total_timesteps": 400, "checkpoint_every": 40, "learning_starts": 50, "batch_size": 16}
 KILLED = {
-    "default": (a2c_sync, {}),
-    "continuous": (a2c_sync, {"env_id": "Pendulum-v1", "network": "shared", "normalize_obs": True}),
-    "replay": (off_policy_ac, SLOWER | {"env_id": "Pendulum-v1", "buffer_size": 250}),  # which wraps around
-    "sac": (sac, SLOWER),
+    "a2c": (a2c_sync, FLAGS),
+    "continuous": (a2c_sync, FLAGS | {"env_id": "Pendulum-v1", "network": "shared", "normalize_obs": True}),
+    "off_policy": (off_policy_ac, FLAGS | SLOWER | {"env_id": "Pendulum-v1", "buffer_size": 250}),  # it wraps around
+    "sac": (sac, FLAGS | SLOWER),
 }
 
 
 @pytest.mark.parametrize("script, flags", KILLED.values(), ids=KILLED)
-def test_killed_and_resumed_is_bit_identical(workdir, script, flags):
+def test_killed_and_resumed_is_bit_identical(workdir, request, script, flags):
     """SIGKILL at three random moments; then the same weights, optimizers, statistics, metrics and evaluation."""
-    flags = RESUMED | flags
     words = []
     for name, value in flags.items():
         words += [f"--{name.replace('_', '-')}"] + [str(value)] * (value is not True)
@@ -92,44 +83,49 @@ def test_killed_and_resumed_is_bit_identical(workdir, script, flags):
         process.kill()
         killed += process.wait() == -signal.SIGKILL
         until_next_second("killed")
-    # The last one as a user starts it, each script once: with another order of Python's sets, for example
-    real = "normalize_obs" not in flags
-    status, out, err = finish(start(script.__file__, "--resume", "killed", cwd=workdir, real=real))
+    # Once as a user starts it: with another order of Python's sets, for example
+    status, out, err = finish(start(script.__file__, "--resume", "killed", cwd=workdir, real="[a2c]" in request.node.name))
     assert status == 0 and killed >= 2, err
     script.train(script.Args(run_dir="undisturbed", **flags))
-    a, b = checkpoint("killed"), checkpoint("undisturbed")
-    assert same(a["parts"], b["parts"]) and same(a["random"], b["random"])
-    assert all(a[name] == b[name] for name in ("env_steps", "updates", "next_log"))
-    assert metrics("killed") == metrics("undisturbed") and results("killed") == results("undisturbed")
+    assert_same_run("killed", "undisturbed")
     ours, theirs = events("killed"), events("undisturbed")
     assert ours.keys() == theirs.keys() and all(ours[tag] == theirs[tag] for tag in theirs if tag != "charts/SPS")
     for tag, rows in ours.items():
         steps = [step for step, _ in rows]
         assert steps == sorted(set(steps)), f"{tag} twice at one step"
-    with open("killed/metrics.csv") as file:
-        seconds = [float(line.split(",")[1]) for line in list(file)[1:]]
+    seconds = [float(line.split(",")[1]) for line in Path("killed/metrics.csv").read_text().splitlines()[1:]]
     assert seconds == sorted(seconds)
 
 
-@pytest.mark.parametrize("env_id, normalize_obs", [("toy_envs:Drawing-v0", False), ("Pendulum-v1", True)])
-def test_every_generator_and_statistic_goes_on_where_it_was(workdir, env_id, normalize_obs):
-    """toy_envs:Drawing takes its observations from Python's and NumPy's generators; actions are torch's."""
-    flags = {"env_id": env_id, "num_envs": 2, "num_steps": 4, "checkpoint_every": 64, "lr_decay": False}
-    flags["normalize_obs"] = normalize_obs
-    train(Args(run_dir="whole", total_timesteps=200, **flags))
-    train(Args(run_dir="parts", total_timesteps=128, **flags))
+@pytest.mark.parametrize(
+    "script, flags",
+    {
+        "generators": (a2c_sync, {"env_id": "toy_envs:Dice-v0"}),  # shows numbers of Python's, NumPy's and torch's
+        "statistics": (a2c_sync, {"env_id": "Pendulum-v1", "normalize_obs": True}),
+        "sac": (sac, {}),
+    }.values(),
+    ids=str,
+)
+def test_train_with_load_args_goes_on_as_the_command_line_does(workdir, monkeypatch, script, flags):
+    """And both as the run that was never interrupted, whatever state the caller's generators have."""
+    flags |= {"num_envs": 2, "checkpoint_every": 60}
+    if script is a2c_sync:
+        flags |= {"lr_decay": False}
+    short_run(script, run_dir="whole", total_timesteps=200, **flags)
+    short_run(script, run_dir="python", **flags)
+    assert checkpoint("python")["env_steps"] in range(120, 130)
+    shutil.copytree("python", "shell")
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
-    end = resume("parts", total_timesteps=200)
-    a, b = checkpoint("whole"), checkpoint("parts")
-    assert same(a["parts"], b["parts"]) and same(a["random"], b["random"])
-    assert end["updates"] == b["updates"] == a["updates"] == results("whole")["updates"]
-    assert metrics("whole") == metrics("parts")
+    assert resume("python", total_timesteps=200) == json.loads(Path("python/results.json").read_text())
+    command_line(monkeypatch, "--resume", "shell", "--total-timesteps", "200", script=script)
+    assert_same_run("python", "whole")
+    assert_same_run("shell", "whole")
 
 
 def test_the_next_log_comes_when_it_would_have(workdir):
     """And not at once: losses are logged every 500 steps."""
-    flags = {"env_id": "toy_envs:Constant-v0", "num_envs": 2, "num_steps": 4, "checkpoint_every": 64}
-    train(Args(run_dir="run", total_timesteps=128, lr_decay=False, **flags))
+    flags = {"env_id": "toy_envs:Constant-v0", "num_steps": 4, "checkpoint_every": 64}
+    short_run(total_timesteps=128, lr_decay=False, **flags)
     first = [step for step, tag, _ in metrics("run") if tag == "losses/actor_loss"]
     assert len(first) == 1 and checkpoint("run")["next_log"] == first[0] + 500
     resume(total_timesteps=600)
@@ -139,16 +135,18 @@ def test_the_next_log_comes_when_it_would_have(workdir):
 
 def test_seconds_go_on(workdir):
     """Those of the earlier stretch count, in results.json, in metrics.csv and in the steps per second."""
-    train(Args(run_dir="run", env_id="toy_envs:Constant-v0", **SHORT))
+    short_run(env_id="toy_envs:Constant-v0")
     saved = checkpoint("run")
-    assert 0 < saved["logger"]["seconds"] < 100
-    saved["logger"]["seconds"] += 1000
+    assert 0 < saved["logger"]["seconds"] < 1_000
+    saved["logger"]["seconds"] += 10_000
     torch.save(saved, "run/checkpoint.pt")
     end = resume(total_timesteps=1_200)
-    assert 1000 < end["seconds"] < 1100 and end["sps"] == end["env_steps"] / end["seconds"]
-    assert 1000 < checkpoint("run")["logger"]["seconds"] <= end["seconds"] + 1
+    assert 10_000 < end["seconds"] < 11_000 and end["sps"] == end["env_steps"] / end["seconds"]
+    assert 10_000 < checkpoint("run")["logger"]["seconds"] < 11_000
     rows = [line.split(",") for line in Path("run/metrics.csv").read_text().splitlines()[1:]]
-    assert all((float(seconds) > 1000) == (int(steps) > saved["env_steps"]) for steps, seconds, *_ in rows)
+    assert all((float(seconds) > 10_000) == (int(steps) > saved["env_steps"]) for steps, seconds, *_ in rows)
+    speeds = [(int(steps), float(value)) for steps, _, tag, value in rows if tag == "charts/SPS"]
+    assert len(speeds) >= 2 and all((speed < 1) == (steps > saved["env_steps"]) for steps, speed in speeds)
 
 
 def test_every_checkpoint_resets_the_environments_each_time_with_another_seed(workdir, monkeypatch):
@@ -162,25 +160,35 @@ def test_every_checkpoint_resets_the_environments_each_time_with_another_seed(wo
         return envs
 
     monkeypatch.setattr(a2c_sync, "make_envs", spy)
-    flags = {"env_id": "Pendulum-v1", "num_steps": 4, "num_envs": 2, "checkpoint_every": 16, "eval_episodes": 1}
-    train(Args(run_dir="run", total_timesteps=48, **flags))
-    assert seeds == [env_seed(1, steps) for steps in (0, 16, 32)] and len(set(seeds)) == 3
+    flags = {"env_id": "Pendulum-v1", "num_steps": 4, "checkpoint_every": 16}
+    short_run(total_timesteps=48, **flags)
+    assert seeds == [env_seed(1, steps, 0) for steps in (0, 16, 32)] and len(set(seeds)) == 3
     resume(total_timesteps=80)
-    assert seeds[3:] == [env_seed(1, steps) for steps in (48, 64)]
-    train(Args(run_dir="other", total_timesteps=16, seed=2, **flags))
-    assert seeds[5:] == [env_seed(2, 0)] != [env_seed(1, 0)]
+    assert seeds[3:] == [env_seed(1, steps, 0) for steps in (48, 64)]
+    short_run(run_dir="other", total_timesteps=16, seed=2, **flags)
+    assert seeds[5:] == [env_seed(2, 0, 0)] != [env_seed(1, 0, 0)]
+
+
+def test_a_run_killed_in_its_evaluation_is_evaluated_with_the_same_statistics(workdir):
+    """The reset before the first step counts in the running mean of --normalize-obs, but no step comes."""
+    short_run(num_envs=3, num_steps=4, total_timesteps=200, normalize_obs=True, eval_episodes=3)
+    before, wanted = content("run")[Path("run/checkpoint.pt")], results("run")
+    Path("run/results.json").unlink()
+    resume()
+    assert content("run")[Path("run/checkpoint.pt")] == before and results("run") == wanted
 
 
 # --- The log ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_log_is_cut_back_to_its_checkpoint(workdir):
+    """What was logged at the checkpoint's own step stays; what came later is gone, from TensorBoard, too."""
     logger = Logger(Path("."), 100)
     logger.log(10, {"actor_loss": 1.0})
     state = logger.state_dict()
-    logger.log(20, {"actor_loss": 2.0})
-    logger.episodes(20, [(0, 5.0, 5)])
-    logger.histogram(20, "lag/histogram", {1: 2})
+    for step in (11, 20):
+        logger.log(step, {"actor_loss": 2.0})
+        logger.episodes(step, [(0, 5.0, 5)])
     logger.close()
     until_next_second()
     again = Logger(Path("."), 100, 10, state)
@@ -191,15 +199,14 @@ def test_the_log_is_cut_back_to_its_checkpoint(workdir):
     assert Path("metrics.csv").read_text().count("env_steps,seconds,tag,value") == 1
 
 
-def test_what_was_logged_at_the_checkpoints_own_step_stays(workdir):
-    logger = Logger(Path("."), 100)
-    logger.log(10, {"actor_loss": 1.0})
-    state = logger.state_dict()
-    logger.log(11, {"actor_loss": 2.0})
-    logger.close()
-    until_next_second()
-    Logger(Path("."), 100, 10, state).close()
-    assert events(".")["losses/actor_loss"] == [(10, 1.0)] and len(metrics(".")) == 1
+@pytest.mark.parametrize("size", [0, 500])
+def test_a_log_that_is_shorter_than_its_checkpoint_says_goes_on_at_its_end(workdir, size):
+    """After a loss of power, say: no gap of zeros is written, and an empty one gets its header again."""
+    short_run(total_timesteps=600)
+    os.truncate("run/metrics.csv", size)
+    resume(total_timesteps=1_500)
+    data = Path("run/metrics.csv").read_bytes()
+    assert data.startswith(b"env_steps,seconds,tag,value\n") and b"\0" not in data and b"charts/SPS" in data[size:]
 
 
 def test_episodes_since_the_last_log_are_not_lost(workdir):
@@ -236,7 +243,7 @@ def test_a_checkpoint_comes_after_the_events_before_it(workdir, monkeypatch):
 
 
 def test_results_are_gone_while_a_longer_run_trains(workdir, monkeypatch):
-    train(Args(run_dir="run", **SHORT))
+    short_run()
     assert Path("run/results.json").exists()
     seen, update = [], a2c_sync.update
     monkeypatch.setattr(a2c_sync, "update", lambda *args: seen.append(os.listdir("run")) or update(*args))
@@ -247,93 +254,135 @@ def test_results_are_gone_while_a_longer_run_trains(workdir, monkeypatch):
 # --- Flags of a resumed run -------------------------------------------------------------------------------------------
 
 
-def test_resume_takes_every_flag_and_trains_on(workdir):
-    train(Args(run_dir="run", num_steps=3, gamma=0.9, seed=7, **SHORT))
-    end = train(dataclasses.replace(load_args("run"), total_timesteps=300))
-    assert end["env_steps"] >= 300 and end["seed"] == 7
-    saved = json.loads(Path("run/args.json").read_text())
-    assert (saved["gamma"], saved["num_envs"], saved["total_timesteps"]) == (0.9, 2, 300)
-    assert load_args("run") == dataclasses.replace(
-        Args(num_steps=3, gamma=0.9, seed=7, **SHORT | {"total_timesteps": 300}), resume="run"
-    )
+def test_resume_takes_every_flag_except_those_given(workdir, monkeypatch):
+    """From Python and on the command line, where one given counts even if it is the script's default."""
+    given = {"num_steps": 5, "gamma": 0.9, "seed": 7, "max_grad_norm": 0.5, "critic_lr": 0.01, "lr_decay": False}
+    short_run(**given)
+    flags = {"total_timesteps": 120, "num_envs": 2, "eval_episodes": 1}
+    assert load_args("run") == a2c_sync.Args(resume="run", **flags | given)
 
+    def saved():
+        return json.loads(Path("run/args.json").read_text())
 
-def test_args_that_differ_from_the_run_are_refused_and_equal_ones_are_not(workdir):
-    flags = SHORT | {"gamma": 0.9}
-    train(Args(run_dir="run", **flags))
-    before = content("run")
-    with pytest.raises(UserError, match=r"differs from that run in total_timesteps, gamma; write .*load_args"):
-        train(Args(resume="run", **flags | {"total_timesteps": 300, "gamma": 0.99}))
-    with pytest.raises(UserError, match="differs .* gamma"):  # one that was left away: nobody can know what was meant
-        train(Args(resume="run", **SHORT))
-    with pytest.raises(UserError, match="leave --run-dir away"):
-        train(Args(resume="run", run_dir="run", **flags))
-    assert content("run") == before
-    assert train(Args(resume="run", **flags))["env_steps"] == checkpoint("run")["env_steps"]
-
-
-def test_a_command_lines_flags_override_and_no_other_changes(workdir, monkeypatch):
-    """Even one that is the script's default."""
-    train(Args(run_dir="run", gamma=0.9, max_grad_norm=0.5, critic_lr=0.01, lr_decay=False, **SHORT))
-    before = json.loads(Path("run/args.json").read_text())
-    command_line(monkeypatch, "--resume", "run", "--gamma", "0.99", "--total-timesteps", "150")
-    after = json.loads(Path("run/args.json").read_text())
-    assert after == before | {"gamma": 0.99, "total_timesteps": 150, "run_dir": None}  # the folder may have moved
+    before = saved()
+    assert before["run_dir"] == "run" and before["script"] == "a2c_sync"
+    assert resume(total_timesteps=150)["seed"] == 7
+    assert saved() == before | {"total_timesteps": 150, "run_dir": None}  # the folder may have moved
+    before, seen = saved(), []
+    update = a2c_sync.update
+    monkeypatch.setattr(a2c_sync, "update", lambda *args: seen.append(args[3].gamma) or update(*args))
+    command_line(monkeypatch, "--resume", "run", "--gamma", "0.99", "--total-timesteps", "200")
+    assert saved() == before | {"gamma": 0.99, "total_timesteps": 200} and set(seen) == {0.99}
     command_line(monkeypatch, "--num-envs", "3", "--resume=run", "--critic-lr", "None", "--lr-decay")
-    changed = {"num_envs": 3, "critic_lr": None, "lr_decay": True}
-    assert json.loads(Path("run/args.json").read_text()) == after | changed
+    assert saved() == before | {"gamma": 0.99, "total_timesteps": 200, "num_envs": 3, "critic_lr": None, "lr_decay": True}
+    with pytest.raises(UserError, match="leave --run-dir away"):
+        a2c_sync.train(dataclasses.replace(load_args("run"), run_dir="run"))
 
 
-def test_a_command_lines_flags_reach_the_run(workdir, monkeypatch):
-    train(Args(run_dir="run", gamma=0.9, **SHORT))
-    seen = []
-    monkeypatch.setattr(a2c_sync.Run, "open", lambda run, **parts: seen.append(run.args) or sys.exit(0))
-    with pytest.raises(SystemExit):
-        command_line(monkeypatch, "--resume", "run", "--gamma", "0.99")
-    assert seen[0].gamma == 0.99 and seen[0].num_envs == 2
-
-
-def test_settings_of_the_optimizer_are_the_flags(workdir):
+def test_settings_of_the_optimizer_are_the_flags(workdir, monkeypatch):
     """Statistics are the checkpoint's."""
-    train(Args(run_dir="run", lr_decay=False, **SHORT))
-    before = checkpoint("run")["parts"]["optimizer"]
-    resume(actor_lr=0.5, critic_lr=0.25)  # not a step more
+    short_run(lr_decay=False)
+    before, seen = checkpoint("run")["parts"]["optimizer"], []
+    original = a2c_sync.Run._restore
+
+    def restore(run, saved):
+        original(run, saved)
+        seen.append(copy.deepcopy(run._parts["optimizer"].state_dict()["state"]))
+
+    monkeypatch.setattr(a2c_sync.Run, "_restore", restore)
+    resume(total_timesteps=150, actor_lr=0.5, critic_lr=0.25)
     after = checkpoint("run")["parts"]["optimizer"]
     assert [(group["lr"], group["initial_lr"]) for group in after["param_groups"]] == [(0.5, 0.5), (0.25, 0.25)]
-    assert same(before["state"], after["state"])
+    assert same(before["state"], seen[0]) and any(state["square_avg"].any() for state in seen[0].values())
 
 
-@pytest.mark.parametrize("total, fits", [(300, False), (400, False), (401, True), (1_000, True)])
-def test_fewer_steps_than_the_run_has_are_refused(workdir, monkeypatch, total, fits):
-    """401 were asked for; rollouts are whole, so it has 408."""
-    train(Args(run_dir="run", env_id="toy_envs:Constant-v0", **SHORT | {"total_timesteps": 401, "num_envs": 1}))
-    steps = checkpoint("run")["env_steps"]
-    assert steps > 401
-    before = content("run")
-    if fits:
-        assert resume(total_timesteps=total)["env_steps"] == max(steps, results("run")["env_steps"])
-        return
-    for attempt in (
-        lambda: resume(total_timesteps=total),
-        lambda: command_line(monkeypatch, "--resume", "run", "--total-timesteps", str(total)),
-    ):
-        with pytest.raises((UserError, SystemExit)) as error:
-            attempt()
-        message = str(error.value).removeprefix("error: ")
-        assert (
-            message == f"'run' has {steps} environment steps already; give more --total-timesteps."
-            and content("run") == before
-        )
-
-
-def test_an_interrupted_run_may_end_earlier_than_planned(workdir):
-    train(Args(run_dir="run", env_id="toy_envs:Constant-v0", **SHORT))
-    flags = json.loads(Path("run/args.json").read_text())
-    Path("run/args.json").write_text(json.dumps(flags | {"total_timesteps": 10**6}))
-    steps = checkpoint("run")["env_steps"]
+def test_fewer_steps_than_the_run_has_are_refused(workdir, monkeypatch):
+    """400 were asked for; rollouts are whole, so it has more. One that was interrupted may end earlier than planned."""
+    short_run(env_id="toy_envs:Constant-v0", total_timesteps=400, num_envs=1)
+    steps, before = checkpoint("run")["env_steps"], content("run")
+    sentence = f"'run' has {steps} environment steps already; give more --total-timesteps."
+    with pytest.raises(UserError) as error:
+        resume(total_timesteps=399)
+    with pytest.raises(SystemExit) as end:
+        command_line(monkeypatch, "--resume", "run", "--total-timesteps", "300")
+    assert str(error.value) == sentence and end.value.code == f"error: {sentence}" and content("run") == before
+    assert resume(total_timesteps=400)["env_steps"] == steps > 400
+    planned = json.loads(Path("run/args.json").read_text()) | {"total_timesteps": 10**6}
+    Path("run/args.json").write_text(json.dumps(planned))
     with pytest.raises(UserError, match=f"has {steps} environment steps already"):
         resume(total_timesteps=steps - 1)
     assert resume(total_timesteps=steps)["env_steps"] == steps
+
+
+# --- A full disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(workdir):
+    """A file system of 2 MB and 20 files."""
+    path = workdir / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m,nr_inodes=20", "tmpfs", str(path)]
+    if not shutil.which("mount") or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill(disk, left):
+    """Up to `left` bytes; None: to the last file."""
+    if left is None:
+        with contextlib.suppress(OSError):
+            for i in range(100):
+                (disk / f"filler {i}").touch()
+    else:
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - left))
+
+
+NO_SPACE, HALF = "No space left on device", "The checkpoint cannot be written, the disk may be full"
+FULL = {  # what hits the full disk: (bytes left, of a checkpoint of so many; the sentence)
+    "torch": (lambda size: size // 2, HALF),
+    "write": (lambda size: size // 4096 * 4096, NO_SPACE),  # the last page is missing
+    "open": (lambda size: None, NO_SPACE),
+    "metrics.csv": (lambda size: 0, NO_SPACE),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_is_one_sentence_and_resume_goes_on_when_there_is_room(workdir, monkeypatch, disk, name):
+    """The last checkpoint stays, whole, and nothing of the next one; later it is the run that had room all the time."""
+    left, sentence = FULL[name]
+    flags = {"total_timesteps": 900, "checkpoint_every": 10**6 if name == "metrics.csv" else 300}
+    flags |= {"env_id": "toy_envs:OneStep-v0", "lr_decay": False}
+    short_run(**flags)
+    module, function = (a2c_sync, "update") if name == "metrics.csv" else (checkpoint_module, "save_checkpoint")
+    original, calls = getattr(module, function), []
+
+    def then_full(*args):
+        calls.append(args)
+        if len(calls) == 3:  # with a checkpoint of 300 steps on it, or that of the beginning
+            fill(disk, left(os.path.getsize("disk/run/checkpoint.pt")))
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(module, function, then_full)
+        short_run(run_dir="disk/run", **flags)
+    assert str(error.value) == f"{sentence}: make room, then go on with --resume 'disk/run'."
+    assert error.value.__suppress_context__ and not list(disk.glob("run/*.tmp")) and len(calls) >= 3
+    steps = load_checkpoint("disk/run", "a2c_sync")["env_steps"]
+    assert steps == 0 if name == "metrics.csv" else 300 <= steps < 310
+    for filler in disk.glob("filler*"):
+        filler.unlink()
+    resume("disk/run")
+    assert_same_run("disk/run", "run")
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_sentence(workdir, disk):
+    for left in (0, 4096):
+        fill(disk, left)
+        with pytest.raises(UserError, match="No space left on device") as error:
+            short_run(run_dir=f"disk/{left}")
+        assert "\n" not in str(error.value)
 
 
 # --- Refused folders --------------------------------------------------------------------------------------------------
@@ -358,6 +407,19 @@ def test_a_checkpoint_that_would_execute_code_is_refused(workdir):
     assert not Path("executed").exists()
 
 
+def flip_a_bit(run):
+    """Of a weight, which then is another finite number."""
+    data = bytearray((run / "checkpoint.pt").read_bytes())
+    place = bytes(data).find(checkpoint(run)["parts"]["agent"]["actor.body.2.weight"].numpy().tobytes())
+    assert place > 0
+    data[place + 100] ^= 0x40
+    (run / "checkpoint.pt").write_bytes(data)
+
+
+def change(**changes):
+    return lambda run: torch.save(checkpoint(run) | changes, run / "checkpoint.pt")
+
+
 DAMAGES = {
     "args": lambda run: (run / "args.json").write_text("{"),
     "foreign args": lambda run: (run / "args.json").write_text("[1]"),
@@ -365,37 +427,33 @@ DAMAGES = {
     "no checkpoint": lambda run: (run / "checkpoint.pt").unlink(),
     "cut checkpoint": lambda run: os.truncate(run / "checkpoint.pt", 1000),
     "empty checkpoint": lambda run: (run / "checkpoint.pt").write_bytes(b""),
+    "a flipped bit": flip_a_bit,
     "foreign pickle": lambda run: (run / "checkpoint.pt").write_bytes(pickle.dumps({"a": 1})),
     "foreign weights": lambda run: torch.save({"weight": torch.zeros(3)}, run / "checkpoint.pt"),
-    "earlier format": lambda run: save_as(run, format="actor-critic checkpoint 1"),
-    "later format": lambda run: save_as(run, format="actor-critic checkpoint 3"),
-    "other script": lambda run: save_as(run, script="sac"),
+    "format 2": change(format="actor-critic checkpoint 2"),
+    "other script": change(script="sac"),
 }
-
-
-def save_as(run, **changes):
-    torch.save(checkpoint(run) | changes, run / "checkpoint.pt")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder, to be copied."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    train(Args(run_dir=str(folder), **SHORT))
+    short_run(run_dir=str(folder))
     return folder
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_and_foreign_run_folders_are_refused(workdir, monkeypatch, trained, damage):
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_and_foreign_run_folders_are_refused(workdir, monkeypatch, trained, name):
     """In one sentence, by training and by the evaluation; and nothing is changed."""
     shutil.copytree(trained, "run")
-    damage(Path("run"))
+    DAMAGES[name](Path("run"))
     before = content("run")
     for attempt in (
         lambda: resume(total_timesteps=200),
-        lambda: train(Args(resume="run", **SHORT)),
-        lambda: load_agent("run"),
+        lambda: a2c_sync.train(a2c_sync.Args(resume="run")),
         lambda: command_line(monkeypatch, "--resume", "run"),
+        lambda: load_agent("run"),
     ):
         with pytest.raises((UserError, SystemExit)) as error:
             attempt()
@@ -403,50 +461,51 @@ def test_damaged_and_foreign_run_folders_are_refused(workdir, monkeypatch, train
     assert content("run") == before
 
 
-def test_a_run_of_an_earlier_version_says_so(workdir, trained):
+def test_another_scripts_run_is_refused(workdir, monkeypatch, trained):
     shutil.copytree(trained, "run")
-    save_as(Path("run"), format="actor-critic checkpoint 1")
-    for attempt in (resume, load_agent):
-        with pytest.raises(UserError, match=r"^'run/checkpoint.pt' was written by an earlier version of this project"):
-            attempt("run")
-
-
-UNFIT = {"optimizer": ("rmsprop", "adam"), "normalize_obs": (False, True), "network": ("separate", "shared")}
-
-
-@pytest.mark.parametrize("name", UNFIT)
-@pytest.mark.parametrize("back", [False, True], ids=["there", "back"])
-def test_flags_that_do_not_fit_the_checkpoint_are_refused_and_change_nothing(workdir, name, back):
-    first, second = reversed(UNFIT[name]) if back else UNFIT[name]
-    train(Args(run_dir="run", env_id="Pendulum-v1", **SHORT | {name: first}))
-    before = content("run")
-    with pytest.raises(UserError, match="'run' does not fit these flags") as error:
-        resume(total_timesteps=300, **{name: second})
-    assert "\n" not in str(error.value) and content("run") == before
-    assert resume(total_timesteps=300)["env_steps"] >= 300  # and nothing stays locked
-
-
-def test_another_scripts_run_is_refused(workdir, monkeypatch):
-    train(Args(run_dir="run", **SHORT))
     with pytest.raises(SystemExit, match="was made by a2c_sync.py; resume it with that script"):
         command_line(monkeypatch, "--resume", "run", script=off_policy_ac)
 
 
-def test_the_folder_of_another_machine_can_be_resumed(workdir, monkeypatch):
+UNFIT = {  # flags of the run -> others, to which its checkpoint does not fit
+    "optimizer": (a2c_sync, {"optimizer": "rmsprop"}, {"optimizer": "adam"}),
+    "normalize_obs": (a2c_sync, {"normalize_obs": False}, {"normalize_obs": True}),
+    "network": (a2c_sync, {"network": "separate"}, {"network": "shared"}),
+    "environment": (a2c_sync, {"env_id": "CartPole-v1"}, {"env_id": "Pendulum-v1"}),
+    "critic": (off_policy_ac, {"actor_actions": "buffer", "critic": "q"}, {"actor_actions": "buffer", "critic": "v"}),
+    "critics": (sac, {"num_critics": 2}, {"num_critics": 3}),
+    "buffer": (sac, {"buffer_size": 200}, {"buffer_size": 300}),
+}
+
+
+@pytest.mark.parametrize("script, one, other", UNFIT.values(), ids=UNFIT)
+def test_flags_that_do_not_fit_the_checkpoint_are_refused_and_change_nothing(workdir, script, one, other):
+    """There and back; and the folder does not stay locked."""
+    for first, second in ((one, other), (other, one)):
+        shutil.rmtree("run", ignore_errors=True)
+        short_run(script, total_timesteps=70, **first)
+        before = content("run")
+        with pytest.raises(UserError, match="^The checkpoint in 'run' does not fit these flags: ") as error:
+            resume(total_timesteps=100, **second)
+        assert "\n" not in str(error.value) and content("run") == before
+        assert resume(total_timesteps=100)["env_steps"] >= 100
+
+
+def test_the_folder_of_another_machine_can_be_resumed(workdir, monkeypatch, trained):
     """Moved, and from another working directory."""
-    train(Args(run_dir="run", **SHORT))
-    Path("run").rename("moved")
+    shutil.copytree(trained, "moved")
     monkeypatch.chdir(ROOT)
-    assert train(dataclasses.replace(load_args(workdir / "moved"), total_timesteps=200))["env_steps"] >= 200
+    assert resume(workdir / "moved", total_timesteps=200)["env_steps"] >= 200
     assert not (ROOT / "run").exists() and not (workdir / "run").exists()
 
 
-def test_a_run_killed_in_its_evaluation_is_evaluated_with_the_same_statistics(workdir):
-    """The reset before the first step counts in the running mean of --normalize-obs, but no step comes."""
-    flags = dict(run_dir="run", num_envs=3, num_steps=4, total_timesteps=200, normalize_obs=True, eval_episodes=3)
-    a2c_sync.train(a2c_sync.Args(**flags))
-    before, wanted = checkpoint("run"), results("run")
-    Path("run/results.json").unlink()
-    a2c_sync.train(load_args("run"))
-    after, before = checkpoint("run")["parts"], before["parts"]
-    assert same(after["envs"], before["envs"]) and results("run") == wanted
+@pytest.mark.parametrize("command", ["evaluate.py", "a2c_sync.py"])
+def test_a_foreign_run_folder_imports_nothing_from_itself(workdir, trained, command):
+    """Its env_id may name a package, but only one that is installed or in the working directory is imported."""
+    shutil.copytree(trained, "theirs")
+    path = Path("theirs/args.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"env_id": "evil:Env-v0"}))
+    Path("theirs/evil.py").write_text("open('executed', 'w')")
+    words = ["theirs"] if command == "evaluate.py" else ["--resume", "theirs", "--total-timesteps", "200"]
+    status, _, err = finish(start(ROOT / command, *words, cwd=workdir))
+    assert status != 0 and "no package 'evil'" in err and not Path("executed").exists() and "Traceback" not in err

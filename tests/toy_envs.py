@@ -2,9 +2,11 @@
 
 import copy
 import random
+import time
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 
@@ -59,11 +61,119 @@ class Constant(gym.Env):
         return self._obs(), 1.0, end and self.terminates, end and not self.terminates, {}
 
 
+class ConstantBox(Constant):
+    """The same with continuous actions."""
+
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+
+
+class Nothing(ConstantBox):
+    """No reward at all."""
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, 0.0, *rest
+
+
 class OneStep(Constant):
     """Episodes of one step."""
 
     def step(self, action):
         return self._obs(), 1.0, True, False, {}
+
+
+class Target(gym.Env):
+    """One-step episodes, a Box with odd bounds; the best action is the upper one if the first element is positive."""
+
+    observation_space = Box(-1.0, 1.0, (3,), np.float32)
+    action_space = Box(np.array([-3.0], np.float32), np.array([5.0], np.float32))
+    actions: list = []  # everything that step() received
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        obs = self.np_random.uniform(-1, 1, 3).astype(np.float32)
+        self.best = 5.0 if obs[0] > 0 else -3.0
+        return obs, {}
+
+    def step(self, action):
+        Target.actions.append(action.copy())
+        return np.zeros(3, np.float32), -float((action[0] - self.best) ** 2), True, False, {}
+
+
+# --- Kinds of actions and observations --------------------------------------------------------------------------------
+
+
+class Insisting(Constant):
+    """Asserts that an action lies in its space; a NaN does not."""
+
+    actions: list = []  # everything that step() received
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        Insisting.actions.append(np.copy(action))
+        return super().step(action)
+
+
+class Shifted(Insisting):
+    """Discrete actions that start at 3."""
+
+    action_space = Discrete(2, start=3)
+
+
+class SmallInts(Insisting):
+    """Discrete actions of another dtype."""
+
+    action_space = Discrete(3, dtype=np.int32)
+
+
+class Doubles(Insisting):
+    """A Box of float64, with bounds that differ between dimensions and have no exact float32."""
+
+    action_space = Box(np.array([-0.1, 2.0]), np.array([0.3, 7.0]), dtype=np.float64)
+
+
+class Images(Constant):
+    """Images: uint8, channels first."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = Box(0, 255, (3, 40, 44), np.uint8)
+
+    def _obs(self):
+        return np.full((3, 40, 44), self.t, np.uint8)
+
+
+class ImagesBox(Images):
+    """Images and continuous actions."""
+
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+
+
+def with_spaces(observation_space, action_space=Discrete(2)):
+    class Unusual(Constant):
+        def __init__(self):
+            super().__init__()
+            self.observation_space, self.action_space = observation_space, action_space
+
+        def _obs(self):
+            return self.observation_space.sample()
+
+    return Unusual
+
+
+VECTOR = Box(-1.0, 1.0, (3,), np.float32)
+UNUSUAL = {
+    "DictObs": with_spaces(Dict({"a": VECTOR})),
+    "DiscreteObs": with_spaces(Discrete(5)),
+    "MatrixObs": with_spaces(Box(0, 255, (84, 84), np.uint8)),
+    "ChannelsLast": with_spaces(Box(0, 255, (84, 84, 3), np.uint8)),
+    "FloatImage": with_spaces(Box(0.0, 1.0, (3, 84, 84), np.float32)),
+    "MultiDiscreteActions": with_spaces(VECTOR, MultiDiscrete([2, 2])),
+    "UnboundedActions": with_spaces(VECTOR, Box(-np.inf, np.inf, (2,), np.float32)),
+    "SixFrames": with_spaces(Box(0, 255, (18, 84, 84), np.uint8)),  # the only one that the scripts take
+}
+
+# --- What an environment may do ---------------------------------------------------------------------------------------
 
 
 class Reusing(gym.vector.VectorEnv):
@@ -94,44 +204,29 @@ class Reusing(gym.vector.VectorEnv):
         return self.obs, self.rewards, self.terminated, self.truncated, {}
 
 
-class Chatty(Constant):
-    """Infos that differ between environments and steps in keys, shapes and types."""
+class Talkative(Constant):
+    """Infos whose names, types and shapes change from step to step and from environment to environment."""
 
-    count = 0
+    INFOS = {"x": 1}, {"x": "text"}, {}, {"x": np.zeros(3)}, {"x": np.zeros((2, 2))}, {"episode": 3}, {"x": {"y": [1]}}
 
-    def reset(self, *, seed=None, options=None):
-        return super().reset(seed=seed)[0], self._info()
+    def _info(self):
+        return copy.deepcopy(self.INFOS[np.random.default_rng().integers(len(self.INFOS))])
+
+    def reset(self, **kwargs):
+        return super().reset(**kwargs)[0], self._info()
 
     def step(self, action):
         return *super().step(action)[:4], self._info()
 
-    def _info(self):
-        type(self).count += 1
-        k = type(self).count
-        several = [
-            np.zeros(k % 5),
-            [1] * (k % 3),
-            "text",
-            None,
-            {"a": object()},
-            [[1], [2, 3]],
-            np.zeros((k % 2 + 1, 2)),
-        ]
-        return {"same": several[k % 7], f"key {k % 4}": several[(k + 3) % 7], "episode": k}
-
 
 class Dice(Constant):
-    """Shows numbers from the global generators."""
+    """Shows numbers from the generators that belong to nobody."""
 
     def __init__(self):
         super().__init__()
         self.observation_space = Box(0.0, 1.0, (3,), np.float32)
 
     def _obs(self):
-        import random
-
-        import torch
-
         return np.array([random.random(), np.random.rand(), torch.rand(1).item()], np.float32)
 
 
@@ -156,13 +251,6 @@ class Single(Constant):
         Single.alive -= 1
 
 
-class Endless(Constant):
-    """Long episodes."""
-
-    def __init__(self, length=3_000):
-        super().__init__(length=length)
-
-
 class Needy(Constant):
     """Its constructor needs an argument."""
 
@@ -175,232 +263,26 @@ class Unbuildable(Constant):
         raise OSError("no licence server at port 7")
 
 
-class Family(Constant):
-    """Starts a process of its own."""
+class Broken(Constant):
+    """What it gives is `value` after `after` steps of an environment: as a reward, an observation, or from a reset."""
 
-    def __init__(self):
-        super().__init__()
-        import multiprocessing
-
-        self.process = multiprocessing.get_context("spawn").Process(target=print, args=("",))
-        self.process.start()
-
-    def close(self):
-        self.process.join()
-
-
-class NanAction(Constant):
-    """Asserts that no action is NaN."""
-
-    action_space = Box(-1.0, 1.0, (2,), np.float32)
-
-    def step(self, action):
-        assert np.isfinite(action).all(), "a NaN reached the environment"
-        return super().step(action)
-
-
-class NanReset(Constant):
-    """Observations that are infinite after the third reset."""
-
-    resets = 0
-
-    def reset(self, *, seed=None, options=None):
-        self.resets += 1
-        obs, infos = super().reset(seed=seed)
-        return obs * np.float32(np.inf if self.resets > 3 else 1), infos
-
-
-class Huge(Constant):
-    """float64 observations that are infinite as float32."""
-
-    def __init__(self):
-        super().__init__()
+    def __init__(self, what="reward", value=np.nan, after=200, length=50, box=False):
+        super().__init__(length)
+        self.what, self.value, self.after, self.count = what, value, after, 0
         self.observation_space = Box(-np.inf, np.inf, (1,), np.float64)
+        if box:
+            self.action_space = ConstantBox.action_space
 
-    def _obs(self):
-        return np.array([1e300 if self.t > 5 else 1.0])
-
-
-class Picky(gym.Env):
-    """A float64 Box with uneven bounds, another for each dimension; asserts its own space and shows the last action."""
-
-    action_space = Box(np.array([-0.1, 2.0]), np.array([0.3, 7.0]), dtype=np.float64)
-    observation_space = Box(-10.0, 10.0, (2,), np.float64)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return np.zeros(2), {}
-
-    def step(self, action):
-        assert self.action_space.contains(action), action
-        self.t += 1
-        return np.array(action), 0.0, False, self.t == 10, {}
-
-
-class Frames(Constant):
-    """Renders what `kind` says."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
-
-    def __init__(self, kind="good", render_mode=None):
-        super().__init__()
-        self.kind, self.render_mode = kind, render_mode
-
-    def render(self):
-        if self.kind == "raises":
-            raise RuntimeError("no display")
-        shape = {"none": None, "grey": (32, 48), "sizes": (32 + 2 * self.t, 48, 3)}.get(self.kind, (32, 48, 3))
-        return None if shape is None else np.full(shape, 20 * self.t, np.uint8)
-
-
-class Halving(Constant):
-    """Ends when a number that is halved at every step has become 0."""
-
-    def reset(self, *, seed=None, options=None):
-        self.x = 1e-290
-        return super().reset(seed=seed)
-
-    def step(self, action):
-        self.x *= 0.5
-        return self._obs(), 1.0, self.x == 0, False, {}
-
-
-class Talkative(Constant):
-    """Infos whose names, types and shapes change from step to step and from environment to environment."""
-
-    INFOS = {"x": 1}, {"x": "text"}, {}, {"x": np.zeros(3)}, {"x": np.zeros((2, 2))}, {"episode": 3}, {"x": {"y": [1]}}
-
-    def _info(self):
-        return copy.deepcopy(self.INFOS[np.random.default_rng().integers(len(self.INFOS))])
+    def _or(self, good, *whats):
+        return self.value if self.what in whats and self.count > self.after else good
 
     def reset(self, **kwargs):
-        return super().reset(**kwargs)[0], self._info()
-
-    def step(self, action):
-        return *super().step(action)[:4], self._info()
-
-
-class Drawing(Constant):
-    """Observations from the generators that belong to nobody: Python's and NumPy's."""
-
-    def __init__(self):
-        super().__init__()
-        self.observation_space = Box(0.0, 1.0, (2,), np.float32)
-
-    def _obs(self):
-        return np.array([random.random(), np.random.random()], np.float32)
-
-
-class Target(gym.Env):
-    """One-step episodes, a Box with odd bounds; the best action is the upper one if the first element is positive."""
-
-    observation_space = Box(-1.0, 1.0, (3,), np.float32)
-    action_space = Box(np.array([-3.0], np.float32), np.array([5.0], np.float32))
-    actions: list = []  # everything that step() received
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        obs = self.np_random.uniform(-1, 1, 3).astype(np.float32)
-        self.best = 5.0 if obs[0] > 0 else -3.0
-        return obs, {}
-
-    def step(self, action):
-        Target.actions.append(action.copy())
-        return np.zeros(3, np.float32), -float((action[0] - self.best) ** 2), True, False, {}
-
-
-class Shifted(Constant):
-    """Discrete actions that start at 3."""
-
-    action_space = Discrete(2, start=3)
-
-    def step(self, action):
-        assert action in (3, 4)
-        return super().step(action)
-
-
-class SmallInts(Constant):
-    """Discrete actions of another dtype, on which it insists."""
-
-    action_space = Discrete(3, dtype=np.int32)
-
-    def step(self, action):
-        assert self.action_space.contains(action)
-        return super().step(action)
-
-
-class Doubles(Constant):
-    """A Box of float64, on which it insists."""
-
-    action_space = Box(-2.0, 3.0, (2,), np.float64)
-
-    def step(self, action):
-        assert self.action_space.contains(action)
-        return super().step(action)
-
-
-class Nothing(Constant):
-    """No reward at all, continuous actions."""
-
-    action_space = Box(-1.0, 1.0, (2,), np.float32)
-
-    def step(self, action):
-        obs, _, *rest = super().step(action)
-        return obs, 0.0, *rest
-
-
-class ConstantBox(Constant):
-    """Reward 1 for ever, continuous actions."""
-
-    action_space = Box(-1.0, 1.0, (2,), np.float32)
-
-
-class Images(Constant):
-    """Images: uint8, channels first."""
-
-    def __init__(self):
-        super().__init__()
-        self.observation_space = Box(0, 255, (3, 40, 44), np.uint8)
-
-    def _obs(self):
-        return np.full((3, 40, 44), self.t, np.uint8)
-
-
-class Broken(Constant):
-    """Rewards that turn NaN after `after` steps of an environment."""
-
-    def __init__(self, after=200):
-        super().__init__(length=50)
-        self.after, self.count = after, 0
+        return np.full(1, self._or(super().reset(**kwargs)[0][0], "observation", "reset")), {}
 
     def step(self, action):
         self.count += 1
         obs, reward, *rest = super().step(action)
-        return obs, np.nan if self.count > self.after else reward, *rest
-
-
-class BrokenBox(Broken):
-    """With continuous actions."""
-
-    action_space = Box(-1.0, 1.0, (2,), np.float32)
-
-
-class BrokenObsBox(ConstantBox):
-    """Observations that turn NaN after 70 steps."""
-
-    count = 0
-
-    def step(self, action):
-        self.count += 1
-        obs, *rest = super().step(action)
-        return obs * np.float32(np.nan if self.count > 70 else 1), *rest
-
-
-class ImagesBox(Images):
-    """Images and continuous actions."""
-
-    action_space = Box(-1.0, 1.0, (2,), np.float32)
+        return np.full(1, self._or(obs[0], "observation")), self._or(reward, "reward"), *rest
 
 
 class WornOut(Constant):
@@ -419,77 +301,51 @@ class Slow(Constant):
     """20 ms a step: long enough to be interrupted at a chosen moment."""
 
     def step(self, action):
-        import time
-
         time.sleep(0.02)
         return super().step(action)
 
 
-def with_spaces(observation_space, action_space=Discrete(2)):
-    class Unsupported(Constant):
-        def __init__(self):
-            super().__init__()
-            self.observation_space, self.action_space = observation_space, action_space
+class Halving(Constant):
+    """Ends when a number that is halved at every step has become 0."""
 
-        def _obs(self):
-            return self.observation_space.sample()
+    def reset(self, *, seed=None, options=None):
+        self.x = 1e-290
+        return super().reset(seed=seed)
 
-    return Unsupported
+    def step(self, action):
+        self.x *= 0.5
+        return self._obs(), 1.0, self.x == 0, False, {}
 
 
-VECTOR = Box(-1.0, 1.0, (3,), np.float32)
-UNSUPPORTED = {
-    "DictObs": with_spaces(Dict({"a": VECTOR})),
-    "DiscreteObs": with_spaces(Discrete(5)),
-    "MatrixObs": with_spaces(Box(-1.0, 1.0, (3, 3), np.float32)),
-    "ChannelsLast": with_spaces(Box(0, 255, (84, 84, 3), np.uint8)),
-    "FloatImage": with_spaces(Box(0.0, 1.0, (3, 84, 84), np.float32)),
-    "MultiDiscreteActions": with_spaces(VECTOR, MultiDiscrete([2, 2])),
-    "GreyImage": with_spaces(Box(0, 255, (84, 84), np.uint8)),
-    "StackedImages": with_spaces(Box(0, 255, (4, 84, 84, 3), np.uint8)),
-    "UnboundedActions": with_spaces(VECTOR, Box(-np.inf, np.inf, (2,), np.float32)),
-}
+class Frames(Constant):
+    """Renders what `kind` says."""
 
-CLASSES = (
-    Counting,
-    CountingBox,
-    Constant,
-    ConstantBox,
-    Target,
-    Shifted,
-    SmallInts,
-    Doubles,
-    Nothing,
-    Images,
-    Broken,
-    BrokenBox,
-    BrokenObsBox,
-    ImagesBox,
-    WornOut,
-    Slow,
-    Halving,
-    OneStep,
-    Talkative,
-    Drawing,
-    Chatty,
-    Dice,
-    Single,
-    Endless,
-    Needy,
-    Unbuildable,
-    Family,
-    NanAction,
-    NanReset,
-    Huge,
-    Picky,
-    Frames,
-)
-for cls in CLASSES:
-    gym.register(f"{cls.__name__}-v0", cls)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, kind="good", render_mode=None):
+        super().__init__()
+        self.kind, self.render_mode = kind, render_mode
+
+    def render(self):
+        if self.kind == "raises":
+            raise RuntimeError("no display")
+        shape = {"none": None, "grey": (32, 48), "sizes": (32 + 2 * self.t, 48, 3)}.get(self.kind, (32, 48, 3))
+        return None if shape is None else np.full(shape, 20 * self.t, np.uint8)
+
+
+# --- Ids --------------------------------------------------------------------------------------------------------------
+
+for name, cls in list(globals().items()):
+    if isinstance(cls, type) and issubclass(cls, gym.Env):
+        gym.register(f"{name}-v0", cls)
+for name, cls in UNUSUAL.items():
+    gym.register(f"{name}-v0", cls)
 for name, box in (("Reusing", False), ("ReusingBox", True)):
     gym.register(f"{name}-v0", vector_entry_point=Reusing, kwargs={"box": box})
-gym.register("SixFrames-v0", with_spaces(Box(0, 255, (18, 84, 84), np.uint8)))
 gym.register("Terminating-v0", Constant, kwargs={"terminates": True})
 gym.register("TerminatingBox-v0", ConstantBox, kwargs={"terminates": True})
-for name, cls in UNSUPPORTED.items():
-    gym.register(f"{name}-v0", cls)
+gym.register("BrokenBox-v0", Broken, kwargs={"box": True})
+gym.register("BrokenObs-v0", Broken, kwargs={"what": "observation", "after": 70, "length": 10})
+gym.register("BrokenObsBox-v0", Broken, kwargs={"what": "observation", "after": 70, "length": 10, "box": True})
+gym.register("BrokenReset-v0", Broken, kwargs={"what": "reset", "value": np.inf, "after": 70, "length": 10})
+gym.register("Huge-v0", Broken, kwargs={"what": "observation", "value": 1e300, "after": 5})  # infinite as float32
