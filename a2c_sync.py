@@ -80,8 +80,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, num_inputs):
         hidden = orthogonal(nn.Linear(num_inputs, self.num_features))
-        last = orthogonal(nn.Linear(self.num_features, self.num_features))
-        super().__init__(hidden, nn.Tanh(), last, nn.Tanh())
+        super().__init__(hidden, nn.Tanh(), orthogonal(nn.Linear(self.num_features, self.num_features)), nn.Tanh())
 
 
 class NatureCNN(nn.Module):

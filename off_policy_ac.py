@@ -95,8 +95,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, num_inputs):
         hidden = orthogonal(nn.Linear(num_inputs, self.num_features))
-        last = orthogonal(nn.Linear(self.num_features, self.num_features))
-        super().__init__(hidden, nn.ReLU(), last, nn.ReLU())
+        super().__init__(hidden, nn.ReLU(), orthogonal(nn.Linear(self.num_features, self.num_features)), nn.ReLU())
 
 
 class Categorical:
