@@ -1,5 +1,6 @@
 """The first-in-first-out replay buffer (D8)."""
 
+import math
 import sys
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ class RingBuffer:
 
     def _make_fields(self, values: dict[str, np.ndarray]):
         types = {name: x.dtype if x.dtype.kind in "iu" else np.dtype(np.float32) for name, x in values.items()}
-        size = self.capacity * sum(x[0].size * types[name].itemsize for name, x in values.items())
+        size = self.capacity * sum(math.prod(x.shape[1:]) * types[name].itemsize for name, x in values.items())
         print(f"replay buffer: {self.capacity:,} transitions, {size / 1e6:,.0f} MB when full", file=sys.stderr)
         for name, x in values.items():
             zeros = torch.from_numpy(np.zeros((self.capacity, *x.shape[1:]), types[name]))  # takes memory when written
@@ -58,7 +59,8 @@ class RingBuffer:
         if state["capacity"] != self.capacity:
             raise ValueError(f"the buffer has room for {state['capacity']} transitions")
         self.position = state["position"]
-        self._make_fields({name: x.numpy() for name, x in state["fields"].items()})
+        if state["fields"]:  # else of a run that was stopped before its first step
+            self._make_fields({name: x.numpy() for name, x in state["fields"].items()})
         for name, field in self.fields.items():
             self.size = len(state["fields"][name])
             field[: self.size] = state["fields"][name]

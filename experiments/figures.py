@@ -135,8 +135,9 @@ def plot_claim(claim, data: Path, folder: Path) -> Path | None:
 
 def digest(claim, data: Path) -> str:
     """Of the data that a figure shows; it is kept in the picture, so that one of older data can be told."""
-    files = [data / f"{claim.name}.{kind}.csv" for kind in ("runs", "curves")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    runs = [[*key(run), *map(run.get, claim.measures)] for run in read(data / f"{claim.name}.runs.csv")]
+    curves = (data / f"{claim.name}.curves.csv").read_bytes()
+    return hashlib.sha256(repr(runs).encode() + curves).hexdigest()[:16]
 
 
 def plot_runs(groups: dict[str, list[tuple]], out: Path, seconds: bool = False) -> Path:

@@ -4,12 +4,10 @@ import json
 import math
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import toy_envs  # registers the environments
-from gymnasium.spaces import Box, Discrete
 from helpers import checkpoint, events, metrics, results, same
 
 import a2c_sync
@@ -69,44 +67,28 @@ def test_what_is_learned_from_is_what_happened(workdir, updates, num_steps, chec
     assert logged["charts/episodic_return"] == [n * (n + 1) / 2 for n in logged["charts/episodic_length"]]
 
 
-class Echo(gym.Env):
-    """Shows how often it was reset, the step, and the action that led there."""
-
-    observation_space, action_space = Box(-np.inf, np.inf, (3,), np.float32), Discrete(5)
-    resets = 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.resets, self.t = self.resets + 1, 0
-        return np.array([self.resets, 0, -1], np.float32), {}
-
-    def step(self, action):
-        self.t += 1
-        return np.array([self.resets, self.t, action], np.float32), 0.0, self.t == 4, False, {}
-
-
-gym.register("Echo-v0", Echo)
-
-
 def test_actions_are_chosen_at_the_observations_they_are_stored_with(workdir, updates, monkeypatch):
     """And the environment takes them: an actor that is shown another row would learn, though badly."""
-    seen, act = [], a2c_sync.ActorCritic.act
+    seen, taken, act, make = [], [], a2c_sync.ActorCritic.act, make_envs
 
     def record(agent, obs, greedy=False):
         actions = act(agent, obs, greedy)
-        seen.append((obs.clone(), actions.clone(), greedy))
+        seen.append((obs.clone(), actions.clone())) if not greedy else None
         return actions
 
+    def spied(*args):
+        envs = make(*args)
+        step = envs.step
+        envs.step = lambda actions: taken.append(torch.tensor(actions)) or step(actions)
+        return envs
+
     monkeypatch.setattr(a2c_sync.ActorCritic, "act", record)
-    run(env_id="Echo-v0", checkpoint_every=70)
+    monkeypatch.setattr(a2c_sync, "make_envs", spied)
+    run(env_id="toy_envs:Counting-v0", checkpoint_every=70)
     rows = [(batch.obs[t], batch.actions[t]) for batch, _, _ in updates for t in range(5)]
-    training = [(obs, actions) for obs, actions, greedy in seen if not greedy]
-    assert len(rows) == len(training) > 100
-    for (obs, actions), (seen_obs, chosen) in zip(rows, training):
-        assert torch.equal(obs, seen_obs) and torch.equal(actions, chosen)
-    for batch, _, _ in updates:
-        valid = batch.done[:-1] == 0
-        assert torch.equal(batch.obs[1:, :, 2][valid], batch.actions[valid].float())
+    assert len(rows) == len(seen) == len(taken) > 100
+    for (obs, actions), (seen_obs, chosen), done in zip(rows, seen, taken):
+        assert torch.equal(obs, seen_obs) and torch.equal(actions, chosen) and torch.equal(actions, done)
 
 
 def test_a_reset_at_a_checkpoint_begins_a_new_episode(workdir, updates):
@@ -126,11 +108,10 @@ def value_of_constant(env_id, **flags):
         return agent.critic(agent.encoder(torch.as_tensor(obs))).item()
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [{}, {"network": "shared"}, {"num_steps": 1, "num_envs": 32}, {"num_steps": 16, "gae_lambda": 1.0}],
-    ids=str,
-)
+VALUES = [{}, {"network": "shared"}, {"num_steps": 1, "num_envs": 32}, {"num_steps": 16, "gae_lambda": 1.0}]
+
+
+@pytest.mark.parametrize("flags", VALUES, ids=str)
 def test_value_under_a_time_limit_is_that_of_going_on(workdir, flags):
     """Pitfall 1: reward 1 for ever, cut every 10 steps: V must be 1/(1 − γ) = 10."""
     assert value_of_constant("toy_envs:Constant-v0", **flags) == pytest.approx(10, abs=0.3)
@@ -157,31 +138,23 @@ def test_value_is_the_mean_of_the_returns_unless_gradients_are_clipped(clipped):
     assert value < 0.5 if clipped else value == pytest.approx(1, abs=0.2)
 
 
-# --- One run ----------------------------------------------------------------------------------------------------------
-
-
 def test_run_folder(workdir):
-    """The same numbers in args.json, metrics.csv, TensorBoard, checkpoint.pt and results.json; in TensorBoard, of the
-    episodes since the last log the mean."""
+    """The same numbers in all its files; TensorBoard has the mean of the episodes since the last log."""
     end, rows, tensorboard = run(total_timesteps=3_000), metrics("run"), events("run")
-    saved = json.loads(Path("run/results.json").read_text())
+    saved, args = (json.loads(Path(f"run/{name}.json").read_text()) for name in ("results", "args"))
     wanted = "script env_id seed env_steps updates seconds sps eval_return_mean eval_return_std eval_episodes"
     assert saved == end and set(wanted.split()) <= set(saved)
     assert saved["env_steps"] == checkpoint("run")["env_steps"] >= 3_000
-    args = json.loads(Path("run/args.json").read_text())
     assert args["num_steps"] == 5 and args["script"] == "a2c_sync"
     losses = {f"losses/{name}" for name in ("actor_loss", "critic_loss", "value", "entropy")}
     assert {tag for _, tag, _ in rows} == losses | {"charts/episodic_return", "charts/episodic_length"}
     assert tensorboard.keys() == {tag for _, tag, _ in rows} | {"charts/SPS"}
     steps = sorted({step for step, tag, _ in rows if tag == "losses/value"})
     assert len(steps) > 4
-    for tag in losses:
-        assert sorted(tensorboard[tag]) == sorted((step, np.float32(value)) for step, t, value in rows if t == tag)
-    for tag in ("charts/episodic_return", "charts/episodic_length"):
-        for step, value in tensorboard[tag]:
+    for tag, points in tensorboard.items():
+        for step, value in points if tag != "charts/SPS" else []:
             before = max((s for s in steps if s < step), default=-1)
-            episodes = [float(v) for s, t, v in rows if t == tag and before < s <= step]
-            assert value == pytest.approx(np.mean(episodes), rel=1e-6)
+            assert value == pytest.approx(np.mean([float(v) for s, t, v in rows if t == tag and before < s <= step]))
 
 
 @pytest.mark.parametrize("num_envs, num_steps", [(8, 5), (256, 16)])
@@ -193,19 +166,14 @@ def test_losses_are_logged_at_least_every_1000_steps(workdir, num_envs, num_step
 
 
 def test_same_seed_same_metrics_and_weights(workdir):
-    runs = []
-    for seed in (1, 1, 2):
-        name = str(len(runs))
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(Args(run_dir=name, seed=seed, **SHORT))
-        runs.append((metrics(name), checkpoint(name), results(name)))
-    assert runs[0][0] == runs[1][0] and runs[0][0] != runs[2][0]
-    assert same(runs[0][1]["parts"], runs[1][1]["parts"]) and not same(runs[0][1]["parts"], runs[2][1]["parts"])
-    assert runs[0][2] == runs[1][2]
+    a, b, c = ((metrics(name), checkpoint(name)["parts"]) for name in "abc")
+    assert a[0] == b[0] != c[0] and same(a[1], b[1]) and not same(a[1], c[1]) and results("a") == results("b")
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Acrobot-v1"])
-def test_every_environment_has_its_own_seed(env_id):
-    obs, _ = make_envs(Args(env_id=env_id, num_envs=4)).reset(seed=3)
+def test_every_environment_has_its_own_seed():
+    obs, _ = make_envs(Args(env_id="Acrobot-v1", num_envs=4)).reset(seed=3)
     assert len({row.tobytes() for row in obs}) == 4
 
 
@@ -221,10 +189,8 @@ FLAGS = [
     {"env_id": "Pendulum-v1", "device": "cpu", "rmsprop_eps": 1e-8},
     {"env_id": "toy_envs:Images-v0"},
     {"env_id": "toy_envs:Images-v0", "network": "shared"},
-    {"env_id": "toy_envs:Shifted-v0"},
-    {"env_id": "toy_envs:SmallInts-v0"},
-    {"env_id": "toy_envs:Doubles-v0"},
 ]
+FLAGS += [{"env_id": f"toy_envs:{name}-v0"} for name in ("Shifted", "SmallInts", "Doubles")]
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(f"{k}={v}" for k, v in flags.items()))
@@ -246,19 +212,17 @@ def test_every_update_has_the_learning_rates_of_its_step(workdir, updates, decay
     np.testing.assert_allclose([rates for _, rates, _ in updates], np.outer(shares, [5e-3, 1e-2]))
 
 
-@pytest.mark.parametrize(
-    "flags, rates",
-    [({}, [5e-3, 5e-3]), ({"critic_lr": 1e-2}, [5e-3, 1e-2]), ({"network": "shared"}, [5e-3])],
-    ids=str,
-)
+RATES = [({}, [5e-3, 5e-3]), ({"critic_lr": 1e-2}, [5e-3, 1e-2]), ({"network": "shared"}, [5e-3])]
+
+
+@pytest.mark.parametrize("flags, rates", RATES, ids=str)
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
 def test_each_network_has_its_learning_rate(flags, rates, optimizer):
     args = Args(actor_lr=5e-3, optimizer=optimizer, rmsprop_eps=0.1, **flags)
     agent = make_agent(make_envs(args), args)
     made = make_optimizer(agent, args)
     assert [group["lr"] for group in made.param_groups] == rates == [g["initial_lr"] for g in made.param_groups]
-    networks = [agent.actor, agent.critic] if len(rates) == 2 else [agent]
-    for group, network in zip(made.param_groups, networks):
+    for group, network in zip(made.param_groups, [agent] if "network" in flags else [agent.actor, agent.critic]):
         assert {*group["params"]} == {*network.parameters()}
         assert group["eps"] == (0.1 if optimizer == "rmsprop" else 1e-8)
     assert isinstance(made, a2c_sync.RMSpropA3C if optimizer == "rmsprop" else torch.optim.Adam)

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, finish, start
-from helpers import checkpoint, children, metrics, wait_for
+from helpers import checkpoint, children, metrics, session_members, wait_for
 
 import a2c_sync
 import a3c_async
@@ -150,6 +151,7 @@ def fixed(monkeypatch):
 
     class Fixed:
         records, calls, started, replaced = [], [], None, 0
+        close = state_dict = load_state_dict = dict  # nothing
 
         def __init__(self, target, num, args, module=None, arrays=()):
             self.module, self.target = module, target
@@ -169,18 +171,21 @@ def fixed(monkeypatch):
                 self.started[-1][1] += 1  # worker 1 has made an update
             return record
 
-        def close(self):
-            pass
-
-        def state_dict(self):
-            return {}
-
-        def load_state_dict(self, state):
-            pass
-
     monkeypatch.setattr(a3c_async, "Workers", Fixed)
     monkeypatch.setattr(common.run, "LOG_EVERY", 1)
     return Fixed
+
+
+def play(fixed, records, stop_after, args):
+    """A run on these records. With a number, one that is interrupted after so many, and is resumed."""
+    fixed.records[:] = (
+        records[: stop_after or 0] + [KeyboardInterrupt if stop_after else None] + records[stop_after or 0 :]
+    )
+    if not stop_after:
+        return train(args)
+    with pytest.raises(KeyboardInterrupt):
+        train(args)
+    return train(load_args("run"))
 
 
 def logged(tag):
@@ -202,47 +207,30 @@ def check_lags(end, lags, steps, since_the_last_log):
     assert logged("lag/dropped")[-1] == end["dropped"]
 
 
-ON_FIXED = [
-    {"actor_lr": 1e-3, "critic_lr": 1e-2},
-    {"actor_lr": 1e-3, "network": "shared", "lr_decay": False, "max_grad_norm": 0.1},
+TOO_OLD = None
+BY_HAND = [  # of eight rollouts that two make an update of: the versions are 0, 0, 0, 1, 0, 2, 2, 3
+    (None, [(0, 1), (2, 3), (4, 5), (6, 7)], [0, 0, 1, 0, 2, 0, 1, 0]),
+    (1, [(0, 1), (2, 3), (5, 6)], [0, 0, 1, 0, TOO_OLD, 0, 0, 0]),
 ]
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-@pytest.mark.parametrize("flags", ON_FIXED, ids=str)
-@pytest.mark.parametrize(
-    "max_lag, batches, lags",
-    [
-        (None, [(0, 1), (2, 3), (4, 5), (6, 7)], [0, 0, 1, 0, 2, 0, 1, 0]),
-        (1, [(0, 1), (2, 3), (5, 6)], [0, 0, 1, 0, None, 0, 0, 0]),
-    ],
-    ids=["every rollout", "--max-lag 1"],
-)
-def test_a_pooled_run_is_a2cs_updates_on_rollouts_side_by_side(workdir, fixed, max_lag, batches, lags, flags, stopped):
-    """On fixed rollouts: which are learned from, at which rates, and how old they were (D6, D7); in one run, or in two.
-
-    Two of the eight rollouts make an update. `lags` are theirs, by hand from the versions; None is too old.
-    """
+@pytest.mark.parametrize("stop_after", [None, 4])
+@pytest.mark.parametrize("flags", [{"critic_lr": 1e-2}, {"network": "shared", "lr_decay": False, "max_grad_norm": 0.1}])
+@pytest.mark.parametrize("max_lag, batches, lags", BY_HAND, ids=["every rollout", "--max-lag 1"])
+def test_a_pooled_run_is_a2cs_updates_on_rollouts_side_by_side(
+    workdir, fixed, max_lag, batches, lags, flags, stop_after
+):
+    """On fixed rollouts: which are learned from, at which rates, and how old they were (D6, D7); in one run, or two."""
     torch.manual_seed(0)
+    flags = flags | {"actor_lr": 1e-3}
     args = Args(**(SHORT | flags | {"env_id": "toy_envs:Constant-v0", "num_steps": 4, "batch_size": 9}))
-    rollouts = [random_rollout(args, 2) for _ in lags]
-    for rollout, count in zip(rollouts, (8, 7, 5, 6, 8, 7, 8, 6)):
+    rollouts, steps, records = [random_rollout(args, 2) for _ in lags], (8, 7, 5, 6, 8, 7, 8, 6), []
+    for rollout, n, version in zip(rollouts, steps, (0, 0, 0, 1, 0, 2, 2, 3)):
         rollout.done[:] = 0
-        rollout.done.view(-1)[: 8 - count] = 1
-    steps = [int((1 - rollout.done[:-1]).sum()) for rollout in rollouts]
-    args = dataclasses.replace(args, run_dir="run", max_lag=max_lag, total_timesteps=sum(steps))
-    args.checkpoint_every = sum(steps[:4])
-    versions = [0, 0, 0, 1, 0, 2, 2, 3]
-    fixed.records[:] = [
-        {"steps": n, "episodes": [], "version": version, "arrays": [x.numpy() for x in rollout]}
-        for n, version, rollout in zip(steps, versions, rollouts)
-    ]
-    fixed.records.insert(4, KeyboardInterrupt if stopped else None)
-    if stopped:
-        with pytest.raises(KeyboardInterrupt):
-            train(args)
-        assert fixed.calls.pop(-1)[0] == 2
-    end = train(load_args("run")) if stopped else train(args)
+        rollout.done.view(-1)[: 8 - n] = 1
+        records += [{"steps": n, "episodes": [], "version": version, "arrays": [x.numpy() for x in rollout]}]
+    more = {"run_dir": "run", "max_lag": max_lag, "total_timesteps": sum(steps), "checkpoint_every": sum(steps[:4])}
+    end = play(fixed, records, stop_after, dataclasses.replace(args, **more))
 
     torch.manual_seed(args.seed)
     agent = agent_of(args)
@@ -254,33 +242,24 @@ def test_a_pooled_run_is_a2cs_updates_on_rollouts_side_by_side(workdir, fixed, m
         a2c_sync.update(agent, optimizer, joined, args)
         published.append(weights_of(agent))
     assert equal(checkpoint("run")["parts"]["agent"].values(), agent.state_dict().values())
-    calls = [call for call in fixed.calls if call != "start"]
-    begun = [i for i, call in enumerate(fixed.calls) if call == "start"]
-    assert begun == ([1, 4] if stopped else [1])  # when there is something to act with; a resumed run's own
-    assert [version for version, _ in calls] == list(range(len(batches) + 1))
-    assert all(equal(weights, published[version]) for version, weights in calls)
+    versions = [call if call == "start" else call[0] for call in fixed.calls]  # workers start with the newest
+    assert versions == [0, "start", 1, 2, *([2, "start"] if stop_after else []), 3, 4][: -1 if max_lag else None]
+    assert all(equal(call[1], published[call[0]]) for call in fixed.calls if call != "start")
     assert end["updates"] == len(batches)
     check_lags(end, lags, steps, [[(lags[i], steps[i]) for i in batch] for batch in batches])
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stop_after", [None, 3])
 @pytest.mark.parametrize("max_lag", [None, 1])
-def test_a_hogwild_run_counts_what_its_workers_have_learned(workdir, fixed, max_lag, stopped):
-    """In one run, or in two: the counters that workers share go on, too, and RMSProp's statistics are shared."""
-    lags, steps, losses = [0, 3, 1, 0, 2, 0], [8, 7, 5, 6, 8, 3], {"actor_loss": 1.0}
-    fixed.records[:] = [
-        {"steps": n, "episodes": [(0, 10.0, 10)], "lag": lag, "metrics": losses, "arrays": []}
-        for n, lag in zip(steps, lags)
-    ]
-    fixed.records.insert(3, KeyboardInterrupt if stopped else None)
-    flags = {"env_id": "toy_envs:Constant-v0", "update": "hogwild", "checkpoint_every": 20}
-    args = Args(**(SHORT | flags | {"run_dir": "run", "max_lag": max_lag, "total_timesteps": sum(steps)}))
-    if stopped:
-        with pytest.raises(KeyboardInterrupt):
-            train(args)
-    end = train(load_args("run")) if stopped else train(args)
+def test_a_hogwild_run_counts_what_its_workers_have_learned(workdir, fixed, max_lag, stop_after):
+    """In one run, or two: the counters that workers share go on, too, and RMSProp's statistics are shared."""
+    lags, steps = [0, 3, 1, 0, 2, 0], [8, 7, 5, 6, 8, 3]
+    same = {"episodes": [(0, 10.0, 10)], "metrics": {"actor_loss": 1.0}, "arrays": []}
+    flags = {"env_id": "toy_envs:Constant-v0", "update": "hogwild", "checkpoint_every": 20, "run_dir": "run"}
+    args = Args(**(SHORT | flags | {"max_lag": max_lag, "total_timesteps": sum(steps)}))
+    end = play(fixed, [same | {"steps": n, "lag": lag} for n, lag in zip(steps, lags)], stop_after, args)
     _, begun_at, agent, optimizer, worker_steps, worker_updates = fixed.started
-    assert worker_steps.sum() == begun_at == 20 * stopped and worker_updates.sum() == end["updates"] == 6
+    assert worker_steps.sum() == begun_at == (20 if stop_after else 0) and worker_updates.sum() == end["updates"] == 6
     of_the_agent = {p.data_ptr() for group in optimizer.param_groups for p in group["params"]}
     assert of_the_agent == {p.data_ptr() for p in agent.parameters()}
     parts = [*agent.parameters(), *(state["square_avg"] for state in optimizer.state.values())]
@@ -291,10 +270,6 @@ def test_a_hogwild_run_counts_what_its_workers_have_learned(workdir, fixed, max_
 
 
 # --- A worker, without its process ------------------------------------------------------------------------------------
-
-
-class EndOfScene(Exception):
-    pass
 
 
 class Scene:
@@ -308,12 +283,12 @@ class Scene:
         self.steps, self.updates = (shared(np.zeros(2, np.int64)) for _ in range(2))
         self.index, self.generation, self.at_exit = index, generation, ExitStack()
         self.records, self.on_step, self.version, self.num_steps = records, on_step, 0, 0
-        self.sent, self.counted = [], []
+        self.sent, self.counted, Scene.latest = [], [], self
         patch.setattr(a3c_async, "make_envs", self.make_envs)
         hogwild = update == "hogwild"
         parts = (self.agent, self.optimizer, self.steps, self.updates) if hogwild else ()
         target = a3c_async.hogwild_worker if hogwild else a3c_async.pooled_worker
-        with suppress(EndOfScene), self.at_exit:
+        with suppress(StopIteration), self.at_exit:
             target(self, self.args, first, *parts)
 
     def make_envs(self, *args):
@@ -337,7 +312,7 @@ class Scene:
         self.sent.append(record | {"arrays": [x.copy() for x in arrays]})
         self.counted.append(int(self.steps[self.index]))
         if len(self.sent) == self.records:
-            raise EndOfScene
+            raise StopIteration  # the end of the scene
 
     def disturb(self):
         with torch.no_grad():
@@ -350,21 +325,40 @@ def scene(monkeypatch):
     return partial(Scene, monkeypatch)
 
 
-def test_pooled_rollouts_know_the_version_of_the_parameters_that_made_them(scene, monkeypatch):
-    """What is published while one is under way is the next one's; rollouts follow each other without a gap."""
-    acted, published, act = [], {}, a3c_async.act
-    monkeypatch.setattr(a3c_async, "act", lambda agent, *rest: acted.append(weights_of(agent)) or act(agent, *rest))
+@BOTH
+def test_rollouts_follow_each_other_and_come_from_the_parameters_that_were_pulled(scene, monkeypatch, update):
+    """What is published while one is under way is the next one's; hogwild learns from its own, at those parameters."""
+    acted, learned, pulled, rollouts, act = [], [], [], [], a3c_async.act
 
-    def publish(k, scene):
+    def spied_act(agent, envs, rollout):
+        acted.append(weights_of(agent))
+        yield from act(agent, envs, rollout)
+        rollouts.append(Rollout(*(x.copy() for x in rollout)))
+
+    def spied_update(agent, optimizer, batch, *rest):
+        assert equal(agent.parameters(), acted[-1]) and equal(batch, map(torch.from_numpy, rollouts[-1]))
+        learned.append(hogwild_update(agent, optimizer, batch, *rest))
+        return learned[-1]
+
+    def others(k, scene):
+        if k % 4 == 0:  # the first step of a rollout: after the pull
+            pulled.append(weights_of(scene.agent))
         scene.disturb()
         scene.version = k + 1
-        published[k + 1] = weights_of(scene.agent)
 
-    sent = scene("pooled", 4, publish).sent
-    assert [record["version"] for record in sent] == [0, 4, 8, 12]
-    assert all(equal(acted[i], published[4 * i]) for i in (1, 2, 3))
-    for (obs, *_, done), (next_obs, *_, next_done) in zip(*((r["arrays"] for r in rows) for rows in (sent, sent[1:]))):
-        assert (obs[-1] == next_obs[0]).all() and (done[-1] == next_done[0]).all()
+    monkeypatch.setattr(a3c_async, "act", spied_act)
+    monkeypatch.setattr(a3c_async, "hogwild_update", spied_update)
+    sent = scene(update, 5, others, actor_lr=0.01).sent
+    assert len(acted) == len(rollouts) == 5 and all(map(equal, acted, pulled))
+    assert all((r.rewards == 1 - r.done[:-1]).all() for r in rollouts)  # CartPole's: 1 but for resets
+    assert all(
+        (a.obs[-1] == b.obs[0]).all() and (a.done[-1] == b.done[0]).all() for a, b in zip(rollouts, rollouts[1:])
+    )
+    if update == "hogwild":
+        assert [r["metrics"] for r in sent] == [{name: x.item() for name, x in found.items()} for found in learned]
+    else:
+        assert [r["version"] for r in sent] == [0, 4, 8, 12, 16]
+        assert all((x == y).all() for r, rollout in zip(sent, rollouts) for x, y in zip(r["arrays"], rollout))
 
 
 @pytest.mark.parametrize(
@@ -391,37 +385,10 @@ def test_updates_while_a_worker_copies_the_parameters_count_as_lag(scene, monkey
 
     def copy(to, source):
         copy_parameters(to, source)
-        other["updates"][1] += 1
+        Scene.latest.updates[1] += 1
 
-    def others(k, scene):
-        other["updates"] = scene.updates
-
-    other = {"updates": [0, 0]}
     monkeypatch.setattr(a3c_async, "copy_parameters", copy)
-    assert [record["lag"] for record in scene("hogwild", 4, others).sent][1:] == [1, 1, 1]
-
-
-def test_a_hogwild_worker_learns_from_its_own_rollout_at_the_parameters_that_it_pulled(scene, monkeypatch):
-    learned, pulled = [], []
-
-    def record(agent, optimizer, batch, *rest):
-        learned.append((weights_of(agent), Rollout(*(x.clone() for x in batch))))
-        return hogwild_update(agent, optimizer, batch, *rest)
-
-    def others(k, scene):
-        if k % 4 == 0:  # the first step of a rollout: after the pull
-            pulled.append(weights_of(scene.agent))
-        scene.disturb()
-
-    monkeypatch.setattr(a3c_async, "hogwild_update", record)
-    scene("hogwild", 5, others, actor_lr=0.01)
-    assert len(learned) == 5 and all(
-        equal(weights, before) for (weights, _), before in zip(learned, pulled, strict=True)
-    )
-    rows = [batch for _, batch in learned]
-    assert all((batch.rewards == 1 - batch.done[:-1]).all() for batch in rows)  # CartPole's: 1 but for resets
-    for batch, following in zip(rows, rows[1:]):
-        assert torch.equal(batch.obs[-1], following.obs[0]) and torch.equal(batch.done[-1], following.done[0])
+    assert [record["lag"] for record in scene("hogwild", 4).sent] == [1, 1, 1, 1]
 
 
 def test_steps_count_when_they_have_been_handed_over_and_resets_do_not(scene):
@@ -473,25 +440,6 @@ def test_worker_0_is_slower_at_every_step_by_the_seconds_of_the_flag(scene, monk
 # --- A run as a whole -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size, num_steps", [(1, 1), (32, 5), (7, 3)])
-def test_a_pooled_update_has_whole_rollouts_of_consecutive_transitions(workdir, monkeypatch, batch_size, num_steps):
-    """toy_envs:Counting shows (episode, step): every s' follows its s, and resets are in no loss (pitfalls 3 to 5)."""
-    batches, learned, update = [], 0, a3c_async.update
-    monkeypatch.setattr(a3c_async, "update", lambda *args: batches.append(args[2]) or update(*args))
-    end = run(env_id="toy_envs:Counting-v0", batch_size=batch_size, num_steps=num_steps, total_timesteps=300)
-    for obs, actions, rewards, terminated, done in batches:
-        valid = done[:-1] == 0
-        assert batch_size <= valid.sum() < batch_size + num_steps
-        assert obs.shape[:2] == done.shape == (num_steps + 1, actions.shape[1])
-        episode, step = obs[..., 0], obs[..., 1]
-        assert (episode[1:] == episode[:-1])[valid].all() and (step[1:] == step[:-1] + 1)[valid].all()
-        assert (rewards == step[1:])[valid].all()
-        assert (episode[1:] == episode[:-1] + 1)[~valid].all() and (step[1:] == 0)[~valid].all()
-        assert not (terminated > done[1:]).any()
-        learned += int(valid.sum())
-    assert end["updates"] == len(batches) and end["env_steps"] - batch_size - num_steps < learned <= end["env_steps"]
-
-
 RUNS = [
     {"max_lag": 0},
     {"num_workers": 4, "num_envs": 12},
@@ -531,31 +479,20 @@ def test_a_lone_worker_is_at_most_one_update_behind(workdir):
     assert end["updates"] > 100 and end["lag_max"] <= 1
 
 
-def test_every_worker_has_its_own_environments_and_actions(workdir, all_workers_begin, monkeypatch):
-    batches, update = [], a3c_async.update
-    monkeypatch.setattr(a3c_async, "update", lambda *args: batches.append(args[2]) or update(*args))
-    run(num_workers=3, num_envs=6, batch_size=30, env_id="Pendulum-v1", total_timesteps=200)
-    firsts = torch.cat([batch.obs[0] for batch in batches])  # s_0 of every rollout and environment
-    assert len(firsts.unique(dim=0)) == len(firsts) > 10
-
-
 def test_resume_goes_on_with_weights_statistics_and_counters(workdir, monkeypatch):
     """And with the flags given beside it: another ε, other workers."""
     made = []
     monkeypatch.setattr(a3c_async, "make_optimizer", lambda *args: made.append(make_optimizer(*args)) or made[-1])
-    first, before = run(update="hogwild"), checkpoint("run")
-    end = resume(total_timesteps=first["env_steps"] + 1, rmsprop_eps=1e-8)  # one rollout more
-    after = checkpoint("run")
+    first, before = run(update="hogwild"), checkpoint("run")["parts"]
+    more = {"rmsprop_eps": 1e-8, "num_workers": 3, "num_envs": 6}
+    end = resume(total_timesteps=first["env_steps"] + 1, **more)  # a few rollouts more
+    after = checkpoint("run")["parts"]
     assert end["env_steps"] > first["env_steps"] and end["updates"] > first["updates"]
     assert sum(end["lag_histogram"].values()) == end["env_steps"]
     assert [{group["eps"] for group in optimizer.param_groups} for optimizer in made] == [{1e-5}, {1e-8}]
-    for name, p in before["parts"]["agent"].items():
-        assert (p - after["parts"]["agent"][name]).abs().max() < 0.2  # not from the start again
-    squares = [s["parts"]["optimizer"]["state"][0]["square_avg"] for s in (before, after)]
-    assert (squares[1] - squares[0]).abs().max() < 0.2 < (1 - squares[1]).abs().max()
-    end = resume(total_timesteps=1200, num_workers=3, num_envs=6)
-    assert end["env_steps"] >= 1200
-    assert all((p != after["parts"]["agent"][name]).any() for name, p in checkpoint("run")["parts"]["agent"].items())
+    assert all(0 < (p - after["agent"][name]).abs().max() < 0.2 for name, p in before["agent"].items())
+    squares = [parts["optimizer"]["state"][0]["square_avg"] for parts in (before, after)]
+    assert (squares[1] - squares[0]).abs().max() < 0.2 < (1 - squares[1]).abs().max()  # not from the start again
 
 
 @BOTH
@@ -565,17 +502,13 @@ def test_a_fault_of_every_worker_ends_the_run_with_its_traceback(workdir, update
     assert not children(os.getpid()) and checkpoint("run")["env_steps"] == 0  # there is one to look at
 
 
-@pytest.mark.parametrize(
-    "update, how",
-    [
-        ("pooled", signal.SIGINT),
-        pytest.param("hogwild", signal.SIGTERM, marks=pytest.mark.slow),
-        ("pooled", signal.SIGKILL),
-        pytest.param("hogwild", signal.SIGKILL, marks=pytest.mark.slow),
-    ],
-)
+ENDS = [("pooled", signal.SIGINT), ("pooled", signal.SIGKILL)]
+ENDS += [pytest.param("hogwild", how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGKILL)]
+
+
+@pytest.mark.parametrize("update, how", ENDS)
 def test_no_process_is_left(workdir, update, how):
-    """Nor one that is stopped, ten seconds after the main process has ended, however it ended."""
+    """However the main process ends; where it can end them itself, not even one that hangs."""
     flags = "--run-dir run --num-workers 3 --num-envs 12 --total-timesteps 100000000 --update".split()
     process = start(ROOT / "a3c_async.py", *flags, update, cwd=workdir, start_new_session=True)
     log = Path("run/metrics.csv")
@@ -583,12 +516,17 @@ def test_no_process_is_left(workdir, update, how):
     wait_for(lambda: len(children(process.pid)) == 3)
     workers = children(process.pid)
     time.sleep(0.5)  # until all have begun
-    os.kill(workers[0], signal.SIGSTOP)
-    if how == signal.SIGKILL:
-        process.kill()
-    else:
-        os.killpg(process.pid, how)  # as a terminal does
-    status, _, err = finish(process)
+    try:
+        if how == signal.SIGKILL:
+            process.kill()
+        else:
+            os.kill(workers[0], signal.SIGSTOP)  # one that hangs
+            os.killpg(process.pid, how)  # as a terminal does, and batch systems
+        status, _, err = finish(process, timeout=60)
+    except subprocess.TimeoutExpired:  # nor by a test that fails
+        for pid in set(workers) & set(session_members(process.pid)):
+            os.kill(pid, signal.SIGKILL)
+        raise
     if how != signal.SIGKILL:
         assert status == 128 + how and "--resume run" in err and "Traceback" not in err, err
         assert checkpoint("run")["env_steps"] > 0
@@ -620,15 +558,6 @@ def test_bad_input(workdir, monkeypatch, words):
 
 
 # --- Slow: workers that hang and die, learning ------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@BOTH
-def test_a_slow_worker_raises_the_lag(workdir, update):
-    """D7."""
-    flags = {"env_id": "toy_envs:Slow-v0", "batch_size": 5, "total_timesteps": 120, "update": update}
-    fast, slow = (run(run_dir=str(seconds), slow_worker=seconds, **flags)["lag_max"] for seconds in (0.0, 0.1))
-    assert slow > fast
 
 
 class Killer(threading.Thread):

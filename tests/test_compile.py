@@ -25,14 +25,14 @@ SHORT = {
 # An entropy bonus of 5 drives σ to its bound, near which `make_pair` lets it begin
 CLIPPED = {"max_grad_norm": 0.5, "optimizer": "adam", "network": "shared", "ent_coef": 5.0}
 CASES = {
-    "sac": (sac, {}, lambda: sac.ActorCritic(3, 2, 2, 1.0)),
-    "sac score": (sac, {"estimator": "score", "num_action_samples": 3}, lambda: sac.ActorCritic(3, 2, 2, 0.3)),
-    "discrete": (off_policy_ac, {}, lambda: off_policy_ac.ActorCritic(3, 2, True, True)),
-    "a2c": (a2c_sync, {}, lambda: a2c_sync.ActorCritic((3,), 2, True, False)),
-    "a2c box": (a2c_sync, CLIPPED, lambda: a2c_sync.ActorCritic((3,), 2, False, True)),
-    "a2c pixels": (a2c_sync, {"network": "shared"}, lambda: a2c_sync.ActorCritic((2, 36, 36), 2, True, True)),
+    "sac": (sac, {}, lambda s=sac: s.ActorCritic(3, 2, 2, 1.0)),
+    "sac score": (sac, {"estimator": "score", "num_action_samples": 3}, lambda s=sac: s.ActorCritic(3, 2, 2, 0.3)),
+    "discrete": (off_policy_ac, {}, lambda s=off_policy_ac: s.ActorCritic(3, 2, True, True)),
+    "a2c": (a2c_sync, {}, lambda s=a2c_sync: s.ActorCritic((3,), 2, True, False)),
+    "a2c box": (a2c_sync, CLIPPED, lambda s=a2c_sync: s.ActorCritic((3,), 2, False, True)),
+    "a2c pixels": (a2c_sync, {"network": "shared"}, lambda s=a2c_sync: s.ActorCritic((2, 36, 36), 2, True, True)),
     "box": (off_policy_ac, {"actor_actions": "importance", "ent_coef": 5.0},
-            lambda: off_policy_ac.ActorCritic(3, 2, False, True)),
+            lambda s=off_policy_ac: s.ActorCritic(3, 2, False, True)),
 }  # fmt: skip
 
 

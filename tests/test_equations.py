@@ -1,30 +1,26 @@
 """The equations of a2c_sync.py against brute force, exact enumeration and numbers worked out by hand."""
 
+import copy
 import math
+import re
+import sys
+import types
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import same
 from mdp import MDP, TERMINAL, A, S, exact_values
+from test_compile import CASES, random_batch
 from torch import nn
 
 import a2c_sync
-from a2c_sync import (
-    Actor,
-    ActorCritic,
-    Categorical,
-    Critic,
-    Gaussian,
-    Rollout,
-    actor_loss_fn,
-    critic_loss_fn,
-    gae,
-    loss_fn,
-    masked_mean,
-    trunk_gradients,
-    update,
-)
+import a3c_async
+import off_policy_ac
+import sac
+from a2c_sync import Actor, ActorCritic, Critic, Rollout, gae, loss_fn, masked_mean, update
 from common.optim import RMSpropA3C
 
 
@@ -117,11 +113,6 @@ def make_tabular():
     return actor, critic
 
 
-def with_probabilities(valid, p):
-    """The functions average over `valid`; weighted by probabilities, the average over all rollouts is their mean."""
-    return valid * p
-
-
 @pytest.mark.parametrize("gamma, lam, T", [(0.9, 0.95, 3), (0.9, 0.0, 1), (1.0, 1.0, 3), (0.8, 0.5, 3)])
 def test_actor_gradient_is_the_policy_gradient_in_expectation(gamma, lam, T):
     """With the exact V, E[∇L_actor] = −Σ_s d(s) Σ_a ∇π(a|s) Q(s, a) for every λ, d the states of the rollouts."""
@@ -130,12 +121,12 @@ def test_actor_gradient_is_the_policy_gradient_in_expectation(gamma, lam, T):
     pi = actor(torch.eye(S + 1)).log_probs.exp()
     V, Q = exact_values(mdp.P, mdp.R, pi[:S].detach(), gamma)
     obs, actions, rewards, terminated, resets, p = enumerated_rollouts(mdp, actor, T)
-    valid = with_probabilities(1 - resets, p)
+    valid = (1 - resets) * p  # weighted so, the mean over `valid` is the expectation
 
     values = obs @ V
     advantages, _ = gae(values, rewards, terminated, terminated, gamma, lam)
     policy = actor(obs[:-1])
-    loss = actor_loss_fn(policy.log_prob(actions), advantages, policy.entropy(), 0.0, valid)
+    loss = a2c_sync.actor_loss_fn(policy.log_prob(actions), advantages, policy.entropy(), 0.0, valid)
     ours = torch.autograd.grad(loss, actor.head.weight)[0]
 
     d = (obs[:-1] * valid.unsqueeze(-1)).sum((0, 1))[:S] / valid.sum()
@@ -161,8 +152,8 @@ def test_actor_gradient_is_that_of_the_return_whatever_the_critic():
     values = critic(obs).detach()
     advantages, _ = gae(values, rewards, terminated, terminated, 1.0, 1.0)
     policy = actor(obs[:-1])
-    valid = with_probabilities(alive, p)
-    loss = actor_loss_fn(policy.log_prob(actions), advantages, policy.entropy(), 0.0, valid)
+    valid = alive * p
+    loss = a2c_sync.actor_loss_fn(policy.log_prob(actions), advantages, policy.entropy(), 0.0, valid)
     ours = torch.autograd.grad(loss, actor.head.weight)[0] * valid.sum()  # a mean over steps -> a sum over an episode's
     assert exact.norm() > 0.01
     torch.testing.assert_close(ours, exact)
@@ -174,14 +165,14 @@ def test_critic_fixed_point_is_the_exact_value(lam):
     actor, critic = make_tabular()
     V, _ = exact_values(mdp.P, mdp.R, actor(torch.eye(S + 1)).log_probs.exp()[:S].detach(), gamma)
     obs, actions, rewards, terminated, resets, p = enumerated_rollouts(mdp, actor, 3)
-    valid = with_probabilities(1 - resets, p)
+    valid = (1 - resets) * p  # weighted so, the mean over `valid` is the expectation
     for _ in range(60):  # targets from the current V, then regression on them
         _, returns = gae(critic(obs).detach(), rewards, terminated, terminated, gamma, lam)
         optimizer = torch.optim.LBFGS(critic.parameters(), max_iter=100, tolerance_grad=1e-12, tolerance_change=1e-14)
 
         def closure():
             optimizer.zero_grad()
-            loss = critic_loss_fn(critic(obs)[:-1], returns, valid)
+            loss = a2c_sync.critic_loss_fn(critic(obs)[:-1], returns, valid)
             loss.backward()
             return loss
 
@@ -199,26 +190,19 @@ def test_losses_reach_only_what_they_should():
     advantages = torch.randn(3, 3, requires_grad=True)
     log_probs = torch.randn(3, 3, requires_grad=True)
     valid = torch.ones(3, 3)
-    critic_loss_fn(values[:-1], torch.randn(3, 3), valid).backward()
+    a2c_sync.critic_loss_fn(values[:-1], torch.randn(3, 3), valid).backward()
     assert values.grad[:-1].all() and not values.grad[-1].any()  # V(s_T) only bootstraps
-    actor_loss_fn(log_probs, advantages.detach(), torch.zeros(3, 3), 0.0, valid).backward()
+    a2c_sync.actor_loss_fn(log_probs, advantages.detach(), torch.zeros(3, 3), 0.0, valid).backward()
     assert log_probs.grad.all() and advantages.grad is None
 
 
 def test_reset_steps_carry_no_gradient():
     values, log_probs = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2, requires_grad=True)
     valid = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    loss = critic_loss_fn(values, torch.randn(3, 2), valid)
-    loss = loss + actor_loss_fn(log_probs, torch.randn(3, 2), torch.randn(3, 2), 0.1, valid)
+    loss = a2c_sync.critic_loss_fn(values, torch.randn(3, 2), valid)
+    loss = loss + a2c_sync.actor_loss_fn(log_probs, torch.randn(3, 2), torch.randn(3, 2), 0.1, valid)
     loss.backward()
     assert ((values.grad != 0) == (valid == 1)).all() and ((log_probs.grad != 0) == (valid == 1)).all()
-
-
-def test_entropy_is_rewarded():
-    entropy = torch.tensor([[1.0, 3.0]], requires_grad=True)
-    loss = actor_loss_fn(torch.zeros(1, 2), torch.zeros(1, 2), entropy, 0.1, torch.ones(1, 2))
-    loss.backward()
-    assert loss.item() == pytest.approx(-0.2) and entropy.grad.tolist() == [[-0.05, -0.05]]
 
 
 def test_images_are_scaled_in_the_network():
@@ -229,30 +213,60 @@ def test_images_are_scaled_in_the_network():
 
 
 def test_shapes_that_would_broadcast_are_refused():
-    """Pitfall 8: (T, N) against (T, N, 1)."""
-    with pytest.raises(AssertionError):
-        critic_loss_fn(torch.zeros(3, 3, 1), torch.zeros(3, 3), torch.ones(3, 3))
+    """Pitfall 8: (N, 1) against (N,), whichever argument has it."""
     assert Critic(nn.Identity(), 5)(torch.zeros(3, 2, 5)).shape == (3, 2)
+    functions = [
+        (a2c_sync.masked_mean, [(3,)] * 2),
+        (gae, [(4, 3)] + [(3, 3)] * 3),
+        (a2c_sync.critic_loss_fn, [(3,)] * 3),
+    ]
+    functions += [(off_policy_ac.td_target, [(3,)] * 3), (sac.td_target, [(3,)] * 3)]
+    for function, shapes in functions:
+        more = {"gae": (0.9, 0.9), "td_target": (0.9,)}.get(function.__name__, ())
+        function(*map(torch.zeros, shapes), *more)
+        for i, shape in enumerate(shapes):
+            wrong = [*shapes[:i], (*shape, 1), *shapes[i + 1 :]]
+            with pytest.raises(AssertionError):
+                function(*map(torch.zeros, wrong), *more)
 
 
-@pytest.mark.parametrize("image", [False, True])
-def test_separate_networks_share_nothing_and_shared_ones_do(image):
-    obs = torch.randint(0, 255, (3, 2, 4, 84, 84), dtype=torch.uint8) if image else torch.randn(3, 2, 4)
-    for share in (False, True):
-        agent = ActorCritic(obs.shape[2:], 2, discrete=True, shared=share)
-        features = agent.encoder(obs)
-        actor_out, critic_out = agent.actor(features).log_probs, agent.critic(features)
-        assert actor_out.shape == (3, 2, 2) and critic_out.shape == (3, 2)
-        touched = []
-        for out in (actor_out.sum() + (actor_out**2).sum(), critic_out.sum()):
-            grads = torch.autograd.grad(out, list(agent.parameters()), retain_graph=True, allow_unused=True)
-            touched.append({i for i, g in enumerate(grads) if g is not None})
-        assert touched[0] | touched[1] == set(range(len(list(agent.parameters()))))
-        assert bool(touched[0] & touched[1]) is share
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flags_may_be_bool(dtype):
+    """And give the numbers that those of 0.0 and 1.0 give, bit for bit; a float64 between them keeps its digits."""
+    values, (x, y), flags = torch.randn(6, 4, dtype=dtype), torch.randn(2, 5, 4, dtype=dtype), torch.rand(2, 5, 4) < 0.4
+    functions = [lambda a, b: gae(values, x, a, b, 0.9, 0.8)[0], lambda a, b: gae(values, x, a, b, 0.9, 0.8)[1]]
+    functions += [lambda a, b: masked_mean(x, a), lambda a, b: off_policy_ac.td_target(x, a, y, 0.9)]
+    functions += [lambda a, b: sac.td_target(x, a, y, 0.9)]
+    for function in functions:
+        found = function(*flags)
+        assert found.dtype == dtype and torch.equal(found, function(*flags.to(dtype)))
+    if dtype == torch.float64:
+        a, b = torch.rand(2, 5, 4)
+        assert torch.equal(gae(values, x, a, b, 0.9, 0.0)[0], x + 0.9 * (1 - a) * values[1:] - values[:-1])
+        for script in (off_policy_ac, sac):
+            assert torch.equal(script.td_target(x, a, y, 0.9), x + 0.9 * (1 - a) * y)
+        torch.testing.assert_close(masked_mean(x, a), (x * a).sum() / a.sum(), rtol=1e-14, atol=0)
+    assert masked_mean(torch.ones(2, 3), torch.zeros(2, 3, dtype=bool)).item() == 0  # of nothing
 
 
-def test_masked_mean_of_nothing_is_zero():
-    assert masked_mean(torch.ones(2, 3), torch.zeros(2, 3)).item() == 0
+@pytest.mark.parametrize("script", [a2c_sync, a3c_async], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (3, 36, 36)], ids=str)
+def test_layers_begin_orthogonal_with_the_gains_of_the_table(script, shared, shape):
+    """By singular values: √2, so that ReLU and tanh keep the size of signals; heads 0.01 and 1. σ begins at 1."""
+    agent, image = script.ActorCritic(shape, 2, False, shared), len(shape) == 3
+    body = [f"net.0.{i}" for i in (0, 2, 4)] + ["net.1"] if image else ["0", "2"]
+    gains = {"actor.head": 0.01, "critic.head": 1.0}
+    for place in ["encoder"] if shared else ["actor.body", "critic.body"]:  # which share nothing (D1)
+        gains |= {f"{place}.{layer}": 2**0.5 for layer in body}
+    parameters = dict(agent.named_parameters())
+    assert (parameters.pop("actor.log_std") == 0).all()
+    for layer, gain in gains.items():
+        weight, bias = parameters.pop(f"{layer}.weight"), parameters.pop(f"{layer}.bias")
+        singular = torch.linalg.svdvals(weight.flatten(1))
+        torch.testing.assert_close(singular, torch.full_like(singular, gain))
+        assert not bias.any()
+    assert not parameters
 
 
 # --- One update, written out plainly ----------------------------------------------------------------------------------
@@ -344,29 +358,30 @@ def test_an_update_is_one_step_along_the_clipped_gradient(shared, max_grad_norm)
 
 def test_a_network_without_gradient_is_passed_over():
     """As a user's own network may have parameters that a loss does not reach."""
-    for optimizer in (torch.optim.SGD, torch.optim.Adam, RMSpropA3C):
-        agent, args = ActorCritic((3,), 2, True, False), make_args(max_grad_norm=0.5)
-        agent.idle = nn.Parameter(torch.zeros(1))
-        groups = [{"params": list(agent.actor.parameters()) + [agent.idle]}, {"params": [nn.Parameter(torch.ones(1))]}]
-        before = agent.actor.head.weight.detach().clone()
-        update(agent, optimizer(groups, lr=1.0), make_batch(True), args)
-        assert agent.idle.item() == 0 and (agent.actor.head.weight != before).any()
+    agent = ActorCritic((3,), 2, True, False)
+    idle, before = nn.Parameter(torch.zeros(1)), agent.actor.head.weight.detach().clone()
+    optimizer = RMSpropA3C([{"params": [*agent.actor.parameters(), idle]}, {"params": [nn.Parameter(torch.ones(1))]}])
+    update(agent, optimizer, make_batch(True), make_args(max_grad_norm=0.5))
+    assert idle.item() == 0 and (agent.actor.head.weight != before).any()
 
 
-def test_sigma_is_bounded_after_an_update_and_finds_back():
-    agent, args, batch = ActorCritic((3,), 2, False, False), make_args(ent_coef=1.0), make_batch(False)
-    optimizer = torch.optim.SGD(agent.actor.parameters(), lr=10.0)
-    update(agent, optimizer, batch, args)
-    assert (agent.actor.log_std == 1).all()
-    args.ent_coef = -1.0  # now entropy is punished
-    update(agent, optimizer, batch, args)
-    assert (agent.actor.log_std < 1).all()
+@pytest.mark.parametrize("script", [a2c_sync, a3c_async, "hogwild"], ids=["a2c_sync", "a3c_async", "hogwild"])
+def test_sigma_is_bounded_after_an_update_and_finds_back(script):
+    """However large the entropy bonus; and at once when entropy is punished."""
+    agent, batch = ActorCritic((3,), 2, False, False), make_batch(False)
+    optimizer = torch.optim.SGD(agent.actor.parameters(), lr=0.1)
+    agent.actor.log_std.data.fill_(0.999)
+    for ent_coef in (5.0, -5.0):
+        args = make_args(ent_coef=ent_coef)
+        if script == "hogwild":
+            a3c_async.hogwild_update(copy.deepcopy(agent), optimizer, batch, args, agent, lambda: True)
+        else:
+            script.update(agent, optimizer, batch, args)
+        assert (agent.actor.log_std == 1).all() if ent_coef > 0 else (agent.actor.log_std < 1).all()
 
 
 def test_learning_rates_fall_to_zero_each_from_its_own():
-    optimizer = torch.optim.SGD(
-        [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr, "initial_lr": lr} for lr in (1e-3, 1e-2)]
-    )
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "initial_lr": lr} for lr in (1e-3, 1e-2)])
     for progress, share in ((0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (1.0, 0.0), (1.1, 0.0)):
         a2c_sync.decay_learning_rates(optimizer, progress)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3 * share, 1e-2 * share])
@@ -379,7 +394,7 @@ def test_trunk_gradients_measure_the_conflict():
     trunk, flat = list(agent.encoder.parameters()), []
     for loss in (actor, args.value_coef * critic):
         flat.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, trunk, retain_graph=True)]))
-    result = trunk_gradients(agent, batch, args)
+    result = a2c_sync.trunk_gradients(agent, batch, args)
     assert result["trunk_actor_grad"].item() == pytest.approx(flat[0].norm().item())
     assert result["trunk_critic_grad"].item() == pytest.approx(flat[1].norm().item())
     assert result["trunk_grad_cosine"].item() == pytest.approx(torch.cosine_similarity(*flat, dim=0).item())
@@ -391,44 +406,79 @@ def test_trunk_gradients_measure_the_conflict():
 
 def test_categorical_equals_torchs():
     logits = torch.randn(5, 4, 3)
-    ours, theirs = Categorical(logits), torch.distributions.Categorical(logits=logits)
+    ours, theirs = a2c_sync.Categorical(logits), torch.distributions.Categorical(logits=logits)
     actions = theirs.sample()
     torch.testing.assert_close(ours.log_prob(actions), theirs.log_prob(actions))
     torch.testing.assert_close(ours.entropy(), theirs.entropy())
     assert (ours.mode() == theirs.mode).all()
-    counts = torch.bincount(Categorical(logits[0, 0].expand(200_000, 3)).sample(), minlength=3) / 200_000
+    counts = torch.bincount(a2c_sync.Categorical(logits[0, 0].expand(200_000, 3)).sample(), minlength=3) / 200_000
     torch.testing.assert_close(counts, logits[0, 0].softmax(-1), atol=0.005, rtol=0)
 
 
 def test_gaussian_equals_torchs():
     mean, log_std = torch.randn(5, 4, 3), torch.randn(3)
-    ours = Gaussian(mean, log_std)
+    ours = a2c_sync.Gaussian(mean, log_std)
     theirs = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
     actions = theirs.sample()
     torch.testing.assert_close(ours.log_prob(actions), theirs.log_prob(actions))
     torch.testing.assert_close(ours.entropy(), theirs.entropy())
-    samples = Gaussian(mean[0, 0].expand(200_000, 3), log_std).sample()
+    samples = a2c_sync.Gaussian(mean[0, 0].expand(200_000, 3), log_std).sample()
     torch.testing.assert_close(samples.mean(0), mean[0, 0], atol=0.03, rtol=0)
     torch.testing.assert_close(samples.std(0), log_std.exp(), atol=0.03, rtol=0.01)
 
 
-def test_the_mean_of_the_gaussian_lies_inside_the_bounds():
-    """Beyond them all actions are clipped to the same one, and a mean that got there finds no way back."""
-    actor = Actor(nn.Identity(), 4, 2, discrete=False)
-    nn.init.normal_(actor.head.weight, std=100)
-    assert actor(torch.randn(50, 4)).mode().abs().max().item() == pytest.approx(1.0)
-
-
-def test_rmsprop_has_epsilon_inside_the_root():
-    """Pitfall 9, by hand: g ← αg + (1 − α)Δ², θ ← θ − ηΔ/√(g + ε)."""
+@pytest.mark.parametrize("flags", [{}, {"lr": 0.1, "alpha": 0.9, "eps": 0.01}, {"alpha": 0.0}], ids=str)
+def test_rmsprop_has_epsilon_inside_the_root(flags):
+    """Pitfall 9, by hand: g ← αg + (1 − α)Δ², θ ← θ − ηΔ/√(g + ε); A3C's η, α and ε where none are given."""
     theta = nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = RMSpropA3C([theta], lr=0.1, alpha=0.9, eps=0.01)
-    g, x = torch.ones(2), theta.detach().clone()
+    optimizer, g, x = RMSpropA3C([theta], **flags), torch.ones(2), theta.detach().clone()
+    lr, alpha, eps = ({"lr": 7e-4, "alpha": 0.99, "eps": 1e-5} | flags).values()
     for gradient in (torch.tensor([0.5, 0.0]), torch.tensor([-0.2, 1e-4])):
-        theta.grad = gradient.clone()
+        theta.grad, before = gradient.clone(), x
         optimizer.step()
-        g = 0.9 * g + 0.1 * gradient**2
-        x = x - 0.1 * gradient / torch.sqrt(g + 0.01)
-        torch.testing.assert_close(theta.detach(), x)
+        g = alpha * g + (1 - alpha) * gradient**2
+        x = x - lr * gradient / torch.sqrt(g + eps)
+        torch.testing.assert_close(theta.detach() - before, x - before, rtol=1e-6, atol=0)
     # the first step with a tiny gradient stays tiny; torch.optim.RMSprop would move by 10 η
-    assert abs(theta[1].item() + 2.0) < 1e-4
+    assert abs(theta[1].item() + 2.0) < lr * 0.05
+
+
+# --- The sections by themselves ---------------------------------------------------------------------------------------
+
+OF_A2C = [case for case in CASES if CASES[case][0] is a2c_sync]
+PASTED = [(script, case) for script in (a2c_sync, a3c_async) for case in OF_A2C]
+PASTED += [(CASES[case][0], case) for case in CASES if case not in OF_A2C]
+
+
+def pasted(script):
+    """Networks, Equations and Update, with those imports of the script that are torch's or the standard library's."""
+    source = Path(script.__file__).read_text()
+    parts = re.split(r"^# --- (\w+) -+\n", source, flags=re.MULTILINE)
+    imports = re.findall(r"^(?:import|from) (?!common|numpy).*", parts[0], re.MULTILINE)
+    roots = {words.split()[1].split(".")[0] for words in imports}
+    assert roots - {"torch"} <= sys.stdlib_module_names
+    module = types.ModuleType("pasted")
+    text = "\n".join(imports + [parts[parts.index(name) + 1] for name in ("Networks", "Equations", "Update")])
+    exec(compile(text, "pasted", "exec"), vars(module))
+    return module
+
+
+@pytest.mark.parametrize("script, case", PASTED, ids=[f"{script.__name__} {case}" for script, case in PASTED])
+def test_networks_equations_and_update_work_when_they_are_pasted(script, case):
+    """Two updates, bit for bit those of the script."""
+    torch.set_default_dtype(torch.float32)
+    args, states = script.Args(**{k: v for k, v in CASES[case][1].items() if k in script.Args.__annotations__}), []
+    for module in (script, pasted(script)):
+        torch.manual_seed(0)
+        agent = CASES[case][2](module)
+        batch, optimizer = random_batch(agent), script.make_optimizer(agent, args)
+        for _ in range(2):
+            metrics = module.update(agent, optimizer, batch, args)
+            if script is a2c_sync and args.network == "shared":
+                metrics |= module.trunk_gradients(agent, batch, args)
+            if script is a3c_async:
+                module.hogwild_update(copy.deepcopy(agent), optimizer, batch, args, agent, lambda: True)
+            if case in OF_A2C:
+                module.decay_learning_rates(optimizer, 0.5)
+        states.append((agent.state_dict(), metrics, agent.act(batch.obs[0]), agent.act(batch.obs[0], greedy=True)))
+    assert same(*states)

@@ -1,46 +1,41 @@
 """Environments, statistics of episodes, and the greedy evaluation of a run."""
 
-import math
+import json
 import os
+import re
+import sys
+import weakref
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import toy_envs
 from conftest import ROOT, finish, start
-from helpers import checkpoint, metrics, same
+from helpers import checkpoint, metrics, resume, same, short_run
 
 import evaluate as evaluate_command
-from a2c_sync import Args, make_agent, train
-from common.checkpoint import env_seed
+from a2c_sync import ActorCritic, Args
+from common.checkpoint import restore_random
 from common.envs import Envs, make_envs
 from common.evaluate import evaluate
-from evaluate import load_agent
-
-NORMALIZED = {"env_id": "Pendulum-v1", "normalize_obs": True, "total_timesteps": 2_000, "num_envs": 4}
-
+from evaluate import load_agent, write_video
 
 # --- Environments -----------------------------------------------------------------------------------------------------
 
 
-def test_denormals_are_flushed(workdir):
-    """Adam's moments of a dead unit shrink for ever; as denormals they would make every step many times as slow."""
-    torch.set_flush_denormal(False)
-    assert torch.tensor(1e-30) * 1e-10 > 0
-    make_envs(Args()).close()
-    assert torch.tensor(1e-30) * 1e-10 == 0
-
-
 def test_environments_see_the_same_numbers_in_whatever_process():
-    """A simulator may depend on denormals: toy_envs:Halving ends when its state is 0."""
+    """A simulator may depend on denormals: toy_envs:Halving ends when its state is 0. They are flushed, else Adam's
+    moments of a dead unit would make every step many times as slow."""
     lengths, group = {}, os.getpgrp()
+    torch.set_flush_denormal(False)
     for vectorization in ("sync", "async"):
         envs = make_envs(Args(env_id="toy_envs:Halving-v0", vectorization=vectorization), 1)
         envs.reset(seed=0)
         lengths[vectorization] = next(n for n in range(1, 200) if envs.step(np.zeros(1, int))[2][0])
         envs.close()
-    assert lengths["sync"] == lengths["async"]
+    assert lengths["sync"] == lengths["async"] and torch.tensor(1e-30) * 1e-10 == 0
     assert os.getpgrp() == group  # only the processes of environments leave that of the terminal
 
 
@@ -64,174 +59,220 @@ def test_episode_statistics_are_gymnasiums():
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_infos_of_environments_need_not_fit_together(workdir, vectorization):
     """Nobody reads them; an "episode" among them is none of ours."""
-    flags = {"vectorization": vectorization, "num_envs": 2, "total_timesteps": 200, "eval_episodes": 2}
-    end = train(Args(run_dir="run", env_id="toy_envs:Talkative-v0", **flags))
+    flags = {"vectorization": vectorization, "total_timesteps": 200, "eval_episodes": 2}
+    end = short_run(env_id="toy_envs:Talkative-v0", **flags)
     assert end["train_return_mean"] == end["eval_return_mean"] == 10
     assert {value for _, tag, value in metrics("run") if tag == "charts/episodic_length"} == {"10"}
+
+
+@pytest.mark.parametrize("box", [False, True])
+def test_an_environment_may_return_the_same_arrays_at_every_step(box):
+    """Ours are copies, else all transitions of a rollout or of the replay buffer would be alike."""
+    envs = make_envs(Args(env_id=f"toy_envs:Reusing{'Box' * box}-v0", num_envs=3))
+    rows = [(envs.reset(seed=0)[0], np.zeros(3), np.zeros(3, bool))]
+    rows += [envs.step(np.zeros((3, 1)[: 1 + box], np.float32 if box else int))[:3] for _ in range(50)]
+    for (obs, _, ended), (next_obs, rewards, _) in zip(rows, rows[1:]):
+        assert (next_obs[:, 1] == np.where(ended, 0, obs[:, 1] + 1)).all() and (rewards == next_obs[:, 1]).all()
+        assert (next_obs[:, 0] == obs[:, 0] + ended).all()
+    assert sum(ended.sum() for *_, ended in rows) >= 30
 
 
 # --- Normalization ----------------------------------------------------------------------------------------------------
 
 
-def test_normalization_is_saved_and_frozen_in_evaluation(workdir):
-    train(Args(run_dir="run", eval_episodes=2, **NORMALIZED))
-    before = checkpoint("run")["parts"]["envs"]
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_normalization_is_saved_and_frozen_in_evaluation(workdir, num_steps):
+    """It has seen every observation of the training once, and none of the evaluation."""
+    short_run(env_id="Pendulum-v1", normalize_obs=True, num_steps=num_steps, total_timesteps=400, eval_episodes=2)
+    before, seen = checkpoint("run")["parts"]["envs"], checkpoint("run")["env_steps"]
+    # One of each step, and those of the first reset and of four at checkpoints; gymnasium begins with 1e-4
+    assert before["count"].item() == pytest.approx(seen + 2 * 10, abs=20.1) and before["count"] > seen
     agent, args, env_state, _ = load_agent("run")
-    envs = make_envs(args, 2, evaluation=True)
+    envs, raw = make_envs(args, 2, evaluation=True), make_envs(Args(env_id="Pendulum-v1"), 2)
     envs.load_state_dict(env_state)
-    raw = make_envs(Args(env_id="Pendulum-v1"), 2)
-    obs, raw_obs = envs.reset(seed=5)[0], raw.reset(seed=5)[0]
-    expected = (raw_obs - before["mean"].numpy()) / np.sqrt(before["var"].numpy() + 1e-8)
-    np.testing.assert_allclose(obs, expected, rtol=1e-5)
-    assert before["count"] > 2_000 and same(envs.state_dict(), before)
+    for envs_obs, raw_obs in (
+        (envs.reset(seed=5)[0], raw.reset(seed=5)[0]),
+        (envs.step(np.ones((2, 1)))[0], raw.step(np.ones((2, 1)))[0]),
+    ):
+        expected = (raw_obs - before["mean"].numpy()) / np.sqrt(before["var"].numpy() + 1e-8)
+        np.testing.assert_allclose(envs_obs, expected, rtol=1e-5)
+    assert same(envs.state_dict(), before)
     first = evaluate(agent, args, env_state, 3, seed=1)
     assert first == evaluate(agent, args, env_state, 3, seed=1) != evaluate(agent, args, env_state, 3, seed=2)
-    assert same(checkpoint("run")["parts"]["envs"], before)
-
-
-def test_environments_are_closed_when_an_evaluation_fails(monkeypatch):
-    closed, args = [], Args()
-    envs = make_envs(args, 1)
-    monkeypatch.setattr(Envs, "close", lambda *_: closed.append(True))
-
-    def fail(*_):
-        raise OSError
-
-    with pytest.raises(OSError):
-        evaluate(make_agent(envs, args), args, envs.state_dict(), 1, on_step=fail)
-    assert closed == [True]
-
-
-def test_restored_statistics_go_on_bit_identically():
-    """Their count is no whole number: gymnasium begins at 1e-4."""
-    envs, again = (make_envs(Args(env_id="Pendulum-v1", normalize_obs=True), 2) for _ in range(2))
-    actions = np.random.default_rng(0).uniform(-1, 1, (300, 2, 1)).astype(np.float32)
-    envs.reset(seed=1)
-    for action in actions:
-        envs.step(action)
-    again.load_state_dict(envs.state_dict())
-    mine, its = (vars(e.env.obs_rms) for e in (envs, again))
-    # As Python's floats: NumPy compares one of them to a float32 with as few digits as that has
-    assert float(mine["count"]) == float(its["count"]) and mine["count"] % 1 > 0
-    assert all((mine[name] == its[name]).all() for name in ("mean", "var"))
-    first, second = envs.reset(seed=2)[0], again.reset(seed=2)[0]
-    for action in actions:
-        assert (first == second).all()
-        first, second = envs.step(action)[0], again.step(action)[0]
-
-
-def test_what_evaluation_builds(workdir, monkeypatch):
-    """True rewards, frozen statistics, those of training; and a seed that no reset in training has."""
-    import common.evaluate as module
-
-    built, seeds = [], []
-
-    def spy(args, num_envs=None, evaluation=False, **options):
-        envs = make_envs(args, num_envs, evaluation, **options)
-        reset = envs.reset
-        envs.reset = lambda seed: seeds.append(seed) or reset(seed=seed)
-        built.append((envs, evaluation))
-        return envs
-
-    monkeypatch.setattr(module, "make_envs", spy)
-    train(Args(run_dir="run", eval_episodes=2, **NORMALIZED))
-    (envs, evaluation), state = built[-1], checkpoint("run")["parts"]["envs"]
-    assert evaluation and same(envs.state_dict(), state)
-    training = [env_seed(1, steps) for steps in range(0, 10_000, 10)]
-    assert len(set(training)) == len(training) and len(seeds) == 1 and not set(seeds[0]) & set(training)
+    assert same(env_state, before)
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 
+WRITTEN_OUT = [
+    {"env_id": "Pendulum-v1", "normalize_obs": True, "reward_scale": 0.1},
+    {"env_id": "Pendulum-v1", "network": "shared", "seed": 2, "num_envs": 3},
+    {"env_id": "CartPole-v1", "num_envs": 5},  # whose native vector environment would draw all starts from one seed
+]
 
-def test_evaluation_counts_a_fixed_number_of_episodes_of_every_environment(workdir):
-    """Those that end first must not be short ones. Lengths 1 to 5: 3 on average."""
-    train(Args(run_dir="run", env_id="toy_envs:Counting-v0", total_timesteps=50, eval_episodes=1))
+
+@pytest.mark.parametrize("flags", WRITTEN_OUT, ids=str)
+def test_evaluation_written_out_plainly(workdir, flags):
+    """The first episode of each start: greedy actions, true rewards, the frozen statistics of training; whatever seed
+    the run had, and however many environments."""
+    end = short_run(eval_episodes=7, total_timesteps=600, actor_lr=1e-3, **flags)
+    agent, args, state, _ = load_agent("run")
+    env, returns, lengths = gym.make(flags["env_id"]), [], []
+    for i in range(7):
+        obs, _ = env.reset(seed=int(np.random.SeedSequence([0, 2**62, i]).generate_state(1)[0] >> 2))
+        rewards, over = [], False
+        while not over:
+            if flags.get("normalize_obs"):
+                obs = ((obs - state["mean"].numpy()) / np.sqrt(state["var"].numpy() + 1e-8)).astype(np.float32)
+            with torch.no_grad():
+                policy = agent.actor(agent.encoder(torch.as_tensor(obs)))
+            is_box = flags["env_id"] == "Pendulum-v1"
+            action = 2 * policy.mean.clamp(-1, 1).numpy() if is_box else policy.log_probs.argmax().item()
+            obs, reward, terminated, truncated, _ = env.step(action)
+            rewards.append(reward)
+            over = terminated or truncated
+        returns.append(sum(rewards))
+        lengths.append(len(rewards))
+    found = evaluate(agent, args, state, 7)
+    np.testing.assert_allclose(found[0], returns, rtol=1e-3)  # products of other sizes round differently
+    assert found[1] == lengths and len(set(returns)) >= 3 and end["eval_episodes"] == 7
+    wanted = np.mean(returns), np.std(returns)
+    assert (end["eval_return_mean"], end["eval_return_std"]) == pytest.approx(wanted, rel=1e-2)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_there_are_never_more_environments_than_num_envs(workdir, monkeypatch, num_envs):
+    """Those of training are closed before those of the evaluation open; and those are closed, too."""
+    for name, value in {"alive": 0, "most": 0, "allowed": num_envs}.items():
+        monkeypatch.setattr(toy_envs.Single, name, value)
+    assert short_run(env_id="toy_envs:Single-v0", num_envs=num_envs, eval_episodes=7)["eval_episodes"] == 7
+    assert toy_envs.Single.most == num_envs and toy_envs.Single.alive == 0
+
+
+def test_evaluation_is_the_same_for_environments_that_draw_from_global_generators(workdir):
+    short_run(env_id="toy_envs:Dice-v0")
     agent, args, env_state, _ = load_agent("run")
-    returns, lengths = evaluate(agent, args, env_state, 3_000, seed=1)
-    assert len(returns) == len(lengths) == 3_000
-    assert np.mean(lengths) == pytest.approx(3, abs=0.1)
-    assert returns == [n * (n + 1) / 2 for n in lengths]
+    seen = []
+    for _ in range(2):
+        rows = []
+        evaluate(agent, args, env_state, 3, on_step=lambda envs, obs, rows=rows: rows.append(obs.copy()))
+        seen.append(np.concatenate(rows))
+        restore_random(checkpoint("run")["random"])
+    assert (seen[0] == seen[1]).all() and len(np.unique(seen[0])) > 50
 
 
-@pytest.mark.parametrize("episodes", [1, 5, 40])
-def test_every_round_counts_the_first_episode_of_each_environment(workdir, monkeypatch, episodes):
-    """In the order of the episodes' seeds; an environment that has ended is stepped on, but plays for nothing."""
-    import common.evaluate as module
+def test_an_evaluation_that_fails_costs_no_training(workdir, monkeypatch):
+    """Its environments are closed, there are no results, and --resume evaluates."""
+    closed, close, act = [], Envs.close, ActorCritic.act
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Envs, "close", lambda envs: closed.append(envs) or close(envs))
+        patch.setattr(ActorCritic, "act", lambda agent, obs, greedy=False: 1 / 0 if greedy else act(agent, obs))
+        short_run()
+    assert len(set(closed)) == 2 and not Path("run/results.json").exists()
+    steps = checkpoint("run")["env_steps"]
+    assert resume()["env_steps"] == steps >= 120 and json.loads(Path("run/results.json").read_text())["updates"] > 10
 
-    rounds, built = [], []
 
-    def spy(*args, **options):
-        envs = make_envs(*args, **options)
-        step, reset = envs.step, envs.reset
-
-        def begin(seed):
-            rounds.append({})
-            return reset(seed=seed)
-
-        def remember(actions):
-            *rest, ended = step(actions)
-            for i, episodic_return, length in ended:
-                rounds[-1].setdefault(i, (episodic_return, length))
-            return *rest, ended
-
-        envs.step, envs.reset = remember, begin
-        built.append(envs)
-        return envs
-
-    train(Args(run_dir="run", env_id="toy_envs:Counting-v0", total_timesteps=50, eval_episodes=1))
+def test_an_episode_without_end_is_given_up_with_a_sentence(workdir, monkeypatch):
+    short_run(env_id="toy_envs:Constant-v0")
     agent, args, env_state, _ = load_agent("run")
-    monkeypatch.setattr(module, "make_envs", spy)
-    returns, lengths = evaluate(agent, args, env_state, episodes)
-    num_envs = built[0].num_envs
-    assert num_envs == min(episodes, 16) and len(rounds) == math.ceil(episodes / num_envs)
-    expected = [rounds[k // num_envs][k % num_envs] for k in range(episodes)]
-    assert list(zip(returns, lengths)) == expected
+    assert evaluate(agent, args, env_state, 1, max_steps=10) == ([10.0], [10])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "run", "--max-steps", "9"])
+    sentence = "error: A greedy episode of toy_envs:Constant-v0 does not end within 9 steps."
+    with pytest.raises(SystemExit, match=f"^{sentence}$"):
+        evaluate_command.main()
+
+
+# --- evaluate.py ------------------------------------------------------------------------------------------------------
 
 
 def test_evaluate_command(workdir):
     """From any folder, with any path; the episodes of the evaluation after training unless a seed is given."""
-    flags = {"env_id": "Pendulum-v1", "total_timesteps": 100, "num_envs": 2, "eval_episodes": 3}
-    end = train(Args(run_dir="a run", **flags))
+    end = short_run(run_dir="a run", env_id="Pendulum-v1", eval_episodes=3)
     sentence = (
         f"greedy return {end['eval_return_mean']:.1f} ± {end['eval_return_std']:.1f} over 3 episodes of Pendulum-v1"
     )
     before = {path: path.read_bytes() for path in Path("a run").iterdir()}
     script = ROOT / "evaluate.py"
-    for cwd, words in ((workdir, ["a run"]), (ROOT, [workdir / "a run"]), (ROOT, [workdir / "a run", "--seed", "0"])):
+    for cwd, words in ((workdir, ["a run"]), (ROOT, [workdir / "a run", "--seed", "0"])):
         status, out, err = finish(start(script, *words, "--episodes", "3", cwd=cwd))
         assert status == 0 and sentence in out and f"trained for {end['env_steps']} environment steps" in out, err
+        assert err == ""
     status, out, err = finish(start(script, "a run", "--episodes", "3", "--seed", "2", cwd=workdir))
     assert status == 0 and "greedy return" in out and sentence not in out
     assert {path: path.read_bytes() for path in Path("a run").iterdir()} == before
 
 
-def test_evaluate_computes_as_the_run_did(workdir, monkeypatch):
-    flags = {"env_id": "toy_envs:Counting-v0", "total_timesteps": 50, "eval_episodes": 1}
-    train(Args(run_dir="run", num_threads=2, matmul_precision="medium", **flags))
-    found = []
+@pytest.mark.parametrize("precision, wanted", [("medium", "medium"), ("auto", "highest")])
+def test_evaluate_computes_as_the_run_did(workdir, monkeypatch, precision, wanted):
+    short_run(env_id="toy_envs:Constant-v0", num_threads=2, matmul_precision=precision)
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: False)  # /proc/cpuinfo
+    found, before = [], torch.get_float32_matmul_precision()
 
     def spy(*_):
-        found.append((torch.get_num_threads(), *get_precision()))
+        found.append((torch.get_num_threads(), torch.get_float32_matmul_precision()))
         return [0.0], [1]
 
     monkeypatch.setattr(evaluate_command, "evaluate", spy)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "run"])
-    with pytest.raises(SystemExit):
-        isolated(lambda _: evaluate_command.main())(Args())
-    assert found == [(2, "medium", "bf16")]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "run"])
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(SystemExit):
+            evaluate_command.main()
+    finally:
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision(before)
+    assert found == [(2, wanted)]
 
 
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["."], "no args.json"),
+        (["."], "'.' is no run folder: its args.json is missing or damaged."),
         (["nowhere"], "'nowhere' is no run folder"),
         ([".", "--episodes", "0"], "--episodes must lie in [1, inf)"),
         ([".", "--seed", "-1"], "--seed must lie in [0, 4294967295]"),
     ],
     ids=str,
 )
-def test_what_evaluate_cannot_do_it_says_in_one_sentence(workdir, words, sentence):
-    status, out, err = finish(start(ROOT / "evaluate.py", *words, cwd=workdir))
-    assert status == 1 and err.startswith("error: ") and sentence in err and err.count("\n") == 1
+def test_what_evaluate_cannot_do_it_says_in_one_sentence(workdir, monkeypatch, words, sentence):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    with pytest.raises(SystemExit) as end:
+        evaluate_command.main()
+    assert end.value.code.startswith(f"error: {sentence}") and "\n" not in end.value.code
+
+
+VIDEOS = {"good": None, "raises": "RuntimeError: no display", "none": "No video", "grey": r"\(32, 48\)",
+          "sizes": "of one size, not"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, words", VIDEOS.items())
+def test_a_video_that_cannot_be_made_is_one_sentence_and_the_numbers_are_printed(
+    workdir, monkeypatch, capsys, kind, words
+):
+    short_run(env_id="toy_envs:Frames-v0", env_kwargs={"kind": kind})
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "run", "--video", "--episodes", "2"])
+    with pytest.raises(SystemExit) as end:
+        evaluate_command.main()
+    assert "greedy return 10.0 ± 0.0 over 2 episodes" in capsys.readouterr().out
+    assert not Path("run/video.tmp.mp4").exists()
+    if words is None:
+        assert end.value.code is None and Path("run/video.mp4").stat().st_size > 500
+    else:
+        assert re.search(words, end.value.code) and "\n" not in end.value.code and not Path("run/video.mp4").exists()
+
+
+def test_frames_are_written_as_they_come(workdir, monkeypatch):
+    """Two in memory at most, however long the episode."""
+    short_run(env_id="toy_envs:Frames-v0")
+    original, alive = evaluate_command.frame, []
+
+    def frame(envs, obs):
+        picture = original(envs, obs)
+        alive.append(weakref.ref(picture))
+        assert sum(each() is not None for each in alive) <= 2
+        return picture
+
+    monkeypatch.setattr(evaluate_command, "frame", frame)
+    write_video(*load_agent("run")[:3], Path("run"))
+    assert len(alive) == 10

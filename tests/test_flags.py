@@ -67,7 +67,7 @@ def test_help_of_a_run_folder_shows_its_flags(workdir, monkeypatch, capsys, word
     capsys.readouterr()
     (algorithm, run), _ = help_of(monkeypatch, capsys, a2c_sync, *words)
     assert "discount γ (default: 0.875)" in algorithm and "0 at --total-timesteps (default: False)" in algorithm
-    assert '(default: \'{"render_mode": null}\')' in run and "given beside it (default: run)" in run
+    assert "(default: '{\"render_mode\": null}')" in run and "given beside it (default: run)" in run
 
 
 def test_help_on_a_terminal_without_utf8(workdir, monkeypatch):
@@ -121,7 +121,6 @@ BAD = {
     "--env-id Nothing/Like-this-v0": "Nothing",
     "--env-id no_such_package:Env-v0": "there is no package 'no_such_package' to import",
     "--env-id toy_envs:Constnt-v0": "Did you mean: `Constant`",
-    "--env-id toy_envs:Unbuildable-v0": "OSError: no licence server at port 7",
     "--env-id toy_envs:Needy-v0": "missing 1 required positional argument: 'size'",
     "--env-id toy_envs:DictObs-v0": "FlattenObservation",
     "--env-id toy_envs:DiscreteObs-v0": "FlattenObservation",
@@ -147,22 +146,21 @@ BAD_A3C = {
     "--num-envs 3 --num-workers 2": "--num-envs",
     "--network shared --critic-lr 0.1": "--critic-lr needs separate networks",
 }
-BAD_REPLAY = {
-    "--critic v": "cannot score an action that was not taken",
-    "--num-action-samples 1": "--num-action-samples 2 or more",
+BAD_BUFFER = {
     "--buffer-size 2 --num-envs 3 --batch-size 1": "--buffer-size must be at least",
     "--buffer-size 15 --batch-size 16": "--buffer-size must be at least",
     "--learning-starts 1000 --total-timesteps 1000": "nothing would be learned",
+}
+BAD_REPLAY = BAD_BUFFER | {
+    "--critic v": "cannot score an action that was not taken",
+    "--num-action-samples 1": "--num-action-samples 2 or more",
     "--env-id toy_envs:Images-v0": "for images use a2c_sync.py or a3c_async.py",
 }
-BAD_SAC = {
+BAD_SAC = BAD_BUFFER | {
     "--env-id CartPole-v1": "use off_policy_ac.py",
     "--env-id toy_envs:ImagesBox-v0": "for images use a2c_sync.py or a3c_async.py",
     "--alpha nan": "--alpha must lie in (0, inf), got nan.",
     "--estimator score": "--num-action-samples 2 or more",
-    "--buffer-size 2 --num-envs 3 --batch-size 1": "--buffer-size must be at least",
-    "--buffer-size 15 --batch-size 16": "--buffer-size must be at least",
-    "--learning-starts 20000": "nothing would be learned",
 }
 TABLES = zip(SCRIPTS, (BAD, BAD_A3C, BAD_REPLAY, BAD_SAC))
 

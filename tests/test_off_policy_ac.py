@@ -374,16 +374,16 @@ def test_updates_are_counted_per_transition(workdir, monkeypatch, num_envs, upda
         ({"env_id": "toy_envs:ImagesBox-v0"}, "takes vectors; for images use a2c_sync.py"),
         ({"critic": "v"}, "--actor-actions buffer, or importance"),
         ({"num_action_samples": 1}, "--num-action-samples 2"),
-        ({"buffer_size": 2, "num_envs": 3}, "--buffer-size must be at least --num-envs"),
-        ({"buffer_size": 127}, "and --batch-size"),
-        ({"learning_starts": 30_000}, "nothing would be learned"),
+        ({"buffer_size": 2, "num_envs": 3, "batch_size": 1}, "--buffer-size must be at least --num-envs"),
+        ({"buffer_size": 15}, "and --batch-size"),
+        ({"learning_starts": 130}, "nothing would be learned"),
     ],
     ids=str,
 )
 def test_bad_input(workdir, flags, part):
     """One sentence, before anything is written."""
     with pytest.raises(UserError, match=part):
-        train(Args(**flags))
+        run(**flags)
     assert not list(workdir.iterdir())
 
 

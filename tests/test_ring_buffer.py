@@ -59,13 +59,14 @@ def test_it_holds_what_a_list_would(trial):
             assert batch["obs"].shape == (50, 2) and batch["image"].shape == (50, 1, 2, 2)
 
 
-def test_it_samples_all_of_it_evenly():
+def test_it_samples_all_of_it_evenly_and_with_replacement():
     torch.manual_seed(0)
     buffer = RingBuffer(10)
     for first in range(0, 14, 2):
         buffer.add(np.ones(2, bool), **rows(first, 2))
     counts = np.bincount(buffer.sample(100_000).actions, minlength=14)
     assert (counts[:4] == 0).all() and abs(counts[4:] - 10_000).max() < 500
+    assert len(set(buffer.sample(10).actions.tolist())) < 10
 
 
 def test_a_full_buffer_gives_another_batch_every_time():
@@ -118,8 +119,8 @@ def test_its_file_works_alone(workdir, monkeypatch, capsys):
     Alone = runpy.run_path(shutil.copy(ring_buffer.__file__, workdir))["RingBuffer"]
     buffers = [Alone(4), Alone(4)]
     buffers[1].load_state_dict(buffers[0].state_dict())  # of a run that was stopped before its first step
-    for first, buffer in ((0, buffers[1]), (3, buffers[1])):
-        buffer.add(np.ones(3, bool), **rows(first, 3))
+    for first, valid in ((0, False), (0, True), (3, True)):
+        buffers[1].add(np.full(3, valid), **rows(first, 3))
     assert capsys.readouterr().err == "replay buffer: 4 transitions, 0 MB when full\n"
     buffers[0].load_state_dict(buffers[1].state_dict())
     for buffer in buffers:

@@ -17,7 +17,7 @@ import off_policy_ac
 import sac
 from common.flags import UserError
 from evaluate import load_args
-from sac import ActorCritic, Args, BatchedLinear, SquashedGaussian, soft_value, train, update
+from sac import ActorCritic, BatchedLinear, SquashedGaussian, soft_value, train, update
 
 run = partial(replay.short_run, sac)
 
@@ -379,17 +379,17 @@ def test_compile_is_for_the_update(workdir, monkeypatch):
         ({"env_id": "toy_envs:ImagesBox-v0"}, "takes vectors; for images use a2c_sync.py"),
         ({"env_id": "toy_envs:UnboundedActions-v0"}, "bounded"),
         ({"alpha": 0.0}, "--alpha"),
-        ({"alpha": math.nan}, "--alpha"),
+        ({"buffer_size": 15}, "and --batch-size"),
         ({"estimator": "score"}, "--num-action-samples 2"),
-        ({"buffer_size": 2, "num_envs": 3}, "--buffer-size must be at least --num-envs"),
-        ({"learning_starts": 20_000}, "nothing would be learned"),
+        ({"buffer_size": 2, "num_envs": 3, "batch_size": 1}, "--buffer-size must be at least --num-envs"),
+        ({"learning_starts": 130}, "nothing would be learned"),
     ],
     ids=str,
 )
 def test_bad_input(workdir, words, part):
     """One sentence, before anything is written."""
     with pytest.raises(UserError, match=part):
-        train(Args(**words))
+        run(**words)
     assert not list(workdir.iterdir())
 
 

@@ -32,12 +32,6 @@ class Counting(gym.Env):
         return self._obs(), float(self.t), end and self.episode % 3 != 0, end and self.episode % 3 != 1, {}
 
 
-class CountingBox(Counting):
-    """The same with continuous actions."""
-
-    action_space = Box(-1.0, 1.0, (1,), np.float32)
-
-
 class Constant(gym.Env):
     """Reward 1 for ever. Ends after `length` steps, terminated or (by default) only truncated."""
 
@@ -59,20 +53,6 @@ class Constant(gym.Env):
         self.t += 1
         end = self.t == self.length
         return self._obs(), 1.0, end and self.terminates, end and not self.terminates, {}
-
-
-class ConstantBox(Constant):
-    """The same with continuous actions."""
-
-    action_space = Box(-1.0, 1.0, (2,), np.float32)
-
-
-class Nothing(ConstantBox):
-    """No reward at all."""
-
-    def step(self, action):
-        obs, _, *rest = super().step(action)
-        return obs, 0.0, *rest
 
 
 class OneStep(Constant):
@@ -100,36 +80,12 @@ class Target(gym.Env):
         return np.zeros(3, np.float32), -float((action[0] - self.best) ** 2), True, False, {}
 
 
-# --- Kinds of actions and observations --------------------------------------------------------------------------------
-
-
 class Insisting(Constant):
     """Asserts that an action lies in its space; a NaN does not."""
 
-    actions: list = []  # everything that step() received
-
     def step(self, action):
         assert self.action_space.contains(action), action
-        Insisting.actions.append(np.copy(action))
         return super().step(action)
-
-
-class Shifted(Insisting):
-    """Discrete actions that start at 3."""
-
-    action_space = Discrete(2, start=3)
-
-
-class SmallInts(Insisting):
-    """Discrete actions of another dtype."""
-
-    action_space = Discrete(3, dtype=np.int32)
-
-
-class Doubles(Insisting):
-    """A Box of float64, with bounds that differ between dimensions and have no exact float32."""
-
-    action_space = Box(np.array([-0.1, 2.0]), np.array([0.3, 7.0]), dtype=np.float64)
 
 
 class Images(Constant):
@@ -141,12 +97,6 @@ class Images(Constant):
 
     def _obs(self):
         return np.full((3, 40, 44), self.t, np.uint8)
-
-
-class ImagesBox(Images):
-    """Images and continuous actions."""
-
-    action_space = Box(-1.0, 1.0, (2,), np.float32)
 
 
 def with_spaces(observation_space, action_space=Discrete(2)):
@@ -161,6 +111,18 @@ def with_spaces(observation_space, action_space=Discrete(2)):
     return Unusual
 
 
+ACTIONS = {  # the same with other actions
+    "CountingBox": (Counting, Box(-1.0, 1.0, (1,), np.float32)),
+    "ConstantBox": (Constant, Box(-1.0, 1.0, (2,), np.float32)),
+    "ImagesBox": (Images, Box(-1.0, 1.0, (2,), np.float32)),
+    "Shifted": (Insisting, Discrete(2, start=3)),
+    "SmallInts": (Insisting, Discrete(3, dtype=np.int32)),
+    "Doubles": (Insisting, Box(np.array([-0.1, 2.0]), np.array([0.3, 7.0]), dtype=np.float64)),  # no exact float32
+}
+for name, (cls, space) in ACTIONS.items():
+    globals()[name] = type(name, (cls,), {"action_space": space})
+CountingBox, ConstantBox = globals()["CountingBox"], globals()["ConstantBox"]
+
 VECTOR = Box(-1.0, 1.0, (3,), np.float32)
 UNUSUAL = {
     "DictObs": with_spaces(Dict({"a": VECTOR})),
@@ -173,7 +135,13 @@ UNUSUAL = {
     "SixFrames": with_spaces(Box(0, 255, (18, 84, 84), np.uint8)),  # the only one that the scripts take
 }
 
-# --- What an environment may do ---------------------------------------------------------------------------------------
+
+class Nothing(ConstantBox):
+    """No reward at all."""
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, 0.0, *rest
 
 
 class Reusing(gym.vector.VectorEnv):
@@ -258,11 +226,6 @@ class Needy(Constant):
         super().__init__(length=size)
 
 
-class Unbuildable(Constant):
-    def __init__(self):
-        raise OSError("no licence server at port 7")
-
-
 class Broken(Constant):
     """What it gives is `value` after `after` steps of an environment: as a reward, an observation, or from a reset."""
 
@@ -332,8 +295,6 @@ class Frames(Constant):
         shape = {"none": None, "grey": (32, 48), "sizes": (32 + 2 * self.t, 48, 3)}.get(self.kind, (32, 48, 3))
         return None if shape is None else np.full(shape, 20 * self.t, np.uint8)
 
-
-# --- Ids --------------------------------------------------------------------------------------------------------------
 
 for name, cls in list(globals().items()):
     if isinstance(cls, type) and issubclass(cls, gym.Env):

@@ -1,5 +1,8 @@
-"""What ranks do in test_ranks.py; a module of its own, which their processes import."""
+"""What ranks do in test_ranks.py. It imports nothing of the project's before it knows that it is a rank."""
 
+import os
+import random
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +12,6 @@ import torch
 import torch.distributed as dist
 from gymnasium.wrappers.utils import RunningMeanStd
 
-import a2c_sync
-from common import ranks
-from common.ranks import GradientSum, Moments
-
 CASES = {
     "separate": {"network": "separate", "max_grad_norm": None},
     "shared, clipped": {"network": "shared", "max_grad_norm": 0.5},
@@ -20,11 +19,32 @@ CASES = {
     "pixels": {"network": "shared", "max_grad_norm": 0.5, "images": True},
     "box": {"network": "separate", "max_grad_norm": 0.5, "discrete": False},
 }
-T, N = 4, 7  # 7 environments: two or three ranks have unequal shares
+T, N = 4, 7  # 7 environments: three ranks have unequal shares
+JOB = {"num_envs": 4, "num_steps": 24, "lr_decay": False, "normalize_obs": True, "network": "shared"}
+JOB |= {"seed": 20, "max_grad_norm": 0.5, "checkpoint_every": 400, "total_timesteps": 800, "eval_episodes": 1}
 
 
-def job(case):
+def run_as_rank(target, rank, size, folder):
+    """A rank as torchrun starts it."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    os.environ |= {"TORCHELASTIC_RUN_ID": "job", "WORLD_SIZE": str(size), "RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    for name in [name for name in sys.modules if name in ("a2c_sync", "common") or name.startswith("common.")]:
+        del sys.modules[name]  # the fork server may have them
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    torch.save(target(rank, size), f"{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # torch's threads may abort an end in order
+
+
+# --- Updates ----------------------------------------------------------------------------------------------------------
+
+
+def make(case):
     """Agent, optimizer, flags and three rollouts of the whole job."""
+    import a2c_sync
+
     flags = dict(CASES[case])
     images, discrete = flags.pop("images", False), flags.pop("discrete", True)
     torch.manual_seed(0)
@@ -36,7 +56,7 @@ def job(case):
         obs = torch.rand(T + 1, N, *obs_shape) if not images else torch.randint(256, (T + 1, N, *obs_shape))
         done = (torch.rand(T + 1, N) < 0.2).float()
         if k == 1:
-            done[:, : N // 3 + 1] = 1  # the first rank has less to learn from; of three, it has nothing
+            done[:, : N // 3 + 1] = 1  # the first of three ranks has nothing to learn from
         actions = torch.randint(2, (T, N)) if discrete else torch.rand(T, N, 2) * 2 - 1
         rewards, terminated = torch.randn(T, N) + torch.arange(N), done[1:] * (torch.rand(T, N) < 0.5)
         rollouts.append(a2c_sync.Rollout(obs.to(torch.uint8) if images else obs, actions, rewards, terminated, done))
@@ -45,53 +65,51 @@ def job(case):
     return agent, a2c_sync.make_optimizer(agent, args), args, rollouts
 
 
+def parameters(agent):
+    return {name: p.detach().clone() for name, p in agent.named_parameters()}
+
+
 def double(x):
     return x.double() if x.is_floating_point() else x
 
 
-def learn(case, columns=slice(None), share=None, around=lambda agent, share: None):
-    """Parameters after three updates on these environments, and the trunk's metrics before the first."""
-    agent, optimizer, args, rollouts = job(case)
-    state = SimpleNamespace(share=1.0)
-    reduce = around(agent, lambda: state.share) or (lambda gradient: gradient)
-    trunk = {}
-    for k, rollout in enumerate(rollouts):
+def learn(case, columns=slice(None), share=lambda batch: 1.0, join=lambda agent, share: None):
+    """Parameters after three updates on these environments."""
+    import a2c_sync
+
+    agent, optimizer, args, rollouts = make(case)
+    state = SimpleNamespace()
+    join(agent, lambda: state.share)
+    for rollout in rollouts:
         batch = a2c_sync.Rollout(*(x[:, columns] for x in rollout))
-        state.share = share(batch) if share else 1.0
-        if k == 0 and args.network == "shared":
-            trunk = a2c_sync.trunk_gradients(agent, batch, args, reduce)
+        state.share = share(batch)
         a2c_sync.update(agent, optimizer, batch, args)
-    return {name: p.detach() for name, p in agent.named_parameters()} | trunk
+    return parameters(agent)
 
 
-def rank(rank, size, folder, plain_mean=False):
-    """One rank's process: learns from its share in every case; and statistics of observations."""
-    torch.set_num_threads(1)
-    ranks.SIZE, ranks.RANK = size, rank
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+def learn_share(rank, size):
+    """Learns from its share in every case; and statistics of observations."""
+    from common.run import Run  # noqa: F401 (first: it imports common.ranks in turn)
+    from common import ranks  # isort: skip
+
     first = sum(N // size + (i < N % size) for i in range(rank))
     columns = slice(first, first + ranks.part(N))
 
     def share(batch):
-        valid = float((1 - batch.done[:-1]).sum())
-        return 1 / size if plain_mean else valid / max(ranks.total(valid)[0], 1)
+        return (valid := float((1 - batch.done[:-1]).sum())) / max(ranks.total(valid)[0], 1)
 
-    def around(agent, share):
+    def join(agent, share):
         if rank > 0:
             for p in agent.parameters():
                 p.data += 1  # what the ranks begin with is the first one's
-        return GradientSum(agent, share).reduce
+        ranks.GradientSum(agent, share)
 
-    found = {case: learn(case, columns, share, around) for case in CASES}
-    rms = RunningMeanStd(shape=(3,))
-    rms.update = Moments(rms)
+    found, rms = {case: learn(case, columns, share, join) for case in CASES}, RunningMeanStd(shape=(3,))
+    rms.update = ranks.Moments(rms)
     for x in observations():
         rms.update(x[columns])
     found["moments"] = {name: torch.as_tensor(getattr(rms, name)) for name in ("mean", "var", "count")}
-    found["others"] = ranks.gathered(rank)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    ranks.wait()
-    dist.destroy_process_group()
+    return found
 
 
 def observations():
@@ -99,5 +117,49 @@ def observations():
     return [rng.normal(3, 2, (N, 3)).astype(np.float32) for _ in range(20)]
 
 
-if __name__ == "__main__":
-    rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "plain")
+# --- A job ------------------------------------------------------------------------------------------------------------
+
+
+def train_job(rank, size):
+    """An uninterrupted job; the same, ended half-way and resumed; one of which rank 1 gets SIGTERM; refused ones."""
+    import a2c_sync
+    from common.checkpoint import random_state, restore_random
+    from common.flags import UserError, saved_args
+
+    found, made, update, make_envs = {"batches": []}, [], a2c_sync.update, a2c_sync.make_envs
+
+    def note(agent, optimizer, batch, args):
+        found["batches"].append([x.clone() for x in batch])
+        if len(found["batches"]) > 1:
+            if stop and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return update(agent, optimizer, batch, args)
+        state = random_state()
+        found["noise"] = [torch.rand(1).item(), np.random.rand(), random.random()]
+        restore_random(state)
+        made.append(agent)
+        found["before"] = parameters(agent)
+        metrics = update(agent, optimizer, batch, args)
+        found["after"] = parameters(agent)
+        return metrics
+
+    stop = False
+    a2c_sync.update = note
+    a2c_sync.make_envs = lambda *args, **options: made.append(make_envs(*args, **options)) or made[-1]
+    a2c_sync.train(a2c_sync.Args(run_dir="whole", **JOB))
+    found |= {"end": parameters(made[1]), "rms": made[0].state_dict()}
+    whole = list(found["batches"])
+
+    a2c_sync.train(a2c_sync.Args(**JOB | {"run_dir": "part", "total_timesteps": 400}))
+    args = saved_args(Path("part"), a2c_sync.Args, "a2c_sync")
+    args.total_timesteps = 800
+    a2c_sync.train(args)
+
+    stop = True
+    found |= {"batches": [], "ends": []}
+    for flags in {"run_dir": "stopped"}, {"run_dir": "whole"}, {"run_dir": "new", "num_envs": 1}:
+        try:
+            a2c_sync.train(a2c_sync.Args(**JOB | flags))
+        except (SystemExit, UserError) as error:
+            found["ends"].append(str(error))
+    return found | {"batches": whole}

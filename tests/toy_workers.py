@@ -4,7 +4,6 @@ import itertools
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,37 +12,24 @@ import torch
 IMAGES = (64, 128, 128)  # 1 MB of uint8
 
 
-def hand_over(worker, numbers=None, module=None):
-    """Hands (index, generation, number) over, for ever or for these numbers."""
-    for number in itertools.count() if numbers is None else numbers:
-        worker.next(module)
-        worker.send(number=[worker.index, worker.generation, number])
-
-
-def count(worker):
-    hand_over(worker, module=network())
-
-
-def count_aloud(worker, started):
-    """Says in shared memory how often it has been allowed to go on."""
-    for number in itertools.count():
-        worker.next()
-        started[worker.index] += 1
-        worker.send(number=[worker.index, worker.generation, number])
-
-
-def one_record(worker):
-    """As worker 0 returns after one record."""
-    hand_over(worker, [0] if worker.index == 0 else None)
-
-
 def network():
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4), torch.nn.Linear(200, 200)).to(memory_format=torch.channels_last)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4), torch.nn.Linear(200, 200))
+    return net.to(memory_format=torch.channels_last)
 
 
 def set_parameters(module, value):
     for p in module.parameters():
         torch.nn.init.constant_(p, value)
+
+
+def hand_over(worker, numbers=None, started=None):
+    """Hands (index, generation, number) over, for these numbers or for ever; counts in `started` how often it may."""
+    module = network()
+    for number in itertools.count() if numbers is None else numbers:
+        worker.next(module)
+        if started is not None:
+            started[worker.index] += 1
+        worker.send(number=[worker.index, worker.generation, number])
 
 
 def fill(worker, how=0):
@@ -68,12 +54,18 @@ def tell_precision(worker):
     worker.send(number=[torch.get_float32_matmul_precision() == "medium", torch.get_num_threads(), 0])
 
 
-def fail(worker, Error=ValueError):
-    raise Error(f"broken in generation {worker.generation}")
+def call(worker, function, *args):
+    function(*args)
 
 
-def fail_at_length(worker):
-    raise ValueError("ü" * 300_000 + "the end")
+def fail(worker, Error=ValueError, text="broken"):
+    raise Error(f"{text} in generation {worker.generation}")
+
+
+def fail_at_first(worker, Error=ValueError, index=0, times=1):
+    if worker.index == index and worker.generation < times:
+        fail(worker, Error)
+    hand_over(worker)
 
 
 def fail_beside_a_frozen_simulator(worker):
@@ -81,53 +73,24 @@ def fail_beside_a_frozen_simulator(worker):
     fail(worker)
 
 
-def fail_as_number_1(worker, Error):
-    if worker.index == 1 and worker.generation < 4:
-        fail(worker, Error)
-    count(worker)
-
-
-def fail_at_first(worker):
-    if worker.generation == 0:
-        fail(worker)
-    count(worker)
-
-
-def hand_over_and_fail(worker):
-    hand_over(worker, [0])
-    worker.next()  # until it has been taken
+def hand_over_and_fail(worker, own_a_process=False):
+    """With what an environment may have started, whose process id is then the number."""
+    child = subprocess.Popen(["sleep", "100000"]) if own_a_process else None
+    if child:
+        worker.at_exit.callback(child.kill)
+    hand_over(worker, [child.pid if child else 0])
+    worker.next(network())  # until it has been taken
     fail(worker)
-
-
-def abort(worker):
-    os.abort()
-
-
-def leave(worker):
-    sys.exit(3)
 
 
 def hang(worker):
     """In its second record, the first worker of all."""
-    hand_over(worker, [0], network())
-    if worker.index == worker.generation == 0:
-        time.sleep(10**6)
-    hand_over(worker, itertools.count(1), network())
+    hand_over(worker, [0])
+    hand_over(worker, itertools.count(1)) if worker.index or worker.generation else time.sleep(10**6)
 
 
-def hang_at_the_start(worker):
-    """As an environment that is never built."""
-    time.sleep(10**6)
-
-
-def own_a_process(worker):
-    """What an environment may have started."""
-    child = subprocess.Popen(["sleep", "100000"])
-    worker.at_exit.callback(child.kill)
-    worker.next(network())
-    worker.send(number=[worker.index, worker.generation, child.pid])
-    worker.next(network())
-    fail(worker)
+def return_as_number_0(worker):
+    hand_over(worker, [0] if worker.index == 0 else None)
 
 
 def hogwild_that_dies(worker, *args):

@@ -6,6 +6,7 @@ the locks that they hold.
 """
 
 import array
+import contextlib
 import gc
 import importlib
 import json
@@ -22,14 +23,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = "a2c_sync", "a3c_async", "off_policy_ac", "sac", "evaluate"
 NUMBER = struct.Struct("q")
-
-
-def receive(control):
-    """A request, and the ends of its three pipes; None when there will be no more."""
-    message, ancillary, _, _ = control.recvmsg(1 << 20, socket.CMSG_SPACE(3 * array.array("i").itemsize))
-    if not message:
-        return None
-    return json.loads(message), array.array("i", ancillary[0][2]).tolist()
 
 
 def serve(control):
@@ -50,16 +43,14 @@ def serve(control):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
                     file = status_of.pop(pid)
-                    try:
+                    with contextlib.suppress(BrokenPipeError):  # nobody wants to know
                         os.write(file, NUMBER.pack(os.waitstatus_to_exitcode(status)))
-                    except BrokenPipeError:  # nobody wants to know
-                        pass
                     os.close(file)
         if control in ready:
-            request = receive(control)
-            if request is None:
+            message, ancillary, _, _ = control.recvmsg(1 << 20, socket.CMSG_SPACE(3 * array.array("i").itemsize))
+            if not message:  # there will be no more
                 os._exit(0)
-            request, (out, err, status) = request
+            request, (out, err, status) = json.loads(message), array.array("i", ancillary[0][2])
             pid = os.fork()
             if pid == 0:
                 signal.set_wakeup_fd(-1)
