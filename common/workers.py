@@ -5,13 +5,15 @@ its message. So a worker may be killed or stopped at any moment: what it had not
 nothing else. What it computes is up to the script, which gives a module-level function `target(worker, *args)`.
 """
 
+import ctypes
+import os
 import signal
 import sys
 import time
 import traceback
 from collections import deque
 from contextlib import ExitStack
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 
 import torch
@@ -59,6 +61,9 @@ class Worker:
     def run(self, target, args: tuple, precision: str):
         """The process: until the main process ends it or is no more, or `target` fails."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        os.close(forkserver._forkserver._forkserver_alive_fd)  # or the fork server would live as long as this process
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a stopped one outlives the server
         torch.set_num_threads(1)
         set_precision(precision)
         with self.at_exit:
@@ -78,6 +83,8 @@ class BaseWorkers:
 
     A subclass launches, looks what has come in, takes a record, and ends. To `Run` they are the environments.
     """
+
+    state_dict, load_state_dict = dict, staticmethod(lambda state: None)  # nothing of them is saved
 
     def __init__(self, target, num: int, args, module: torch.nn.Module | None = None, arrays=()):
         """`args`: flags; `module`: whose parameters workers get; `arrays`: like those that they hand over."""
@@ -123,12 +130,6 @@ class BaseWorkers:
         """Ends all of them."""
         self._end(*self._due)
         self._due = {}
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict):
-        pass
 
 
 class Workers(BaseWorkers):

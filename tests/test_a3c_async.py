@@ -508,7 +508,7 @@ ENDS += [pytest.param("hogwild", how, marks=pytest.mark.slow) for how in (signal
 
 @pytest.mark.parametrize("update, how", ENDS)
 def test_no_process_is_left(workdir, update, how):
-    """However the main process ends; where it can end them itself, not even one that hangs."""
+    """However the main process ends, and not even one that hangs."""
     flags = "--run-dir run --num-workers 3 --num-envs 12 --total-timesteps 100000000 --update".split()
     process = start(ROOT / "a3c_async.py", *flags, update, cwd=workdir, start_new_session=True)
     log = Path("run/metrics.csv")
@@ -517,10 +517,10 @@ def test_no_process_is_left(workdir, update, how):
     workers = children(process.pid)
     time.sleep(0.5)  # until all have begun
     try:
+        os.kill(workers[0], signal.SIGSTOP)  # one that hangs
         if how == signal.SIGKILL:
             process.kill()
         else:
-            os.kill(workers[0], signal.SIGSTOP)  # one that hangs
             os.killpg(process.pid, how)  # as a terminal does, and batch systems
         status, _, err = finish(process, timeout=60)
     except subprocess.TimeoutExpired:  # nor by a test that fails

@@ -111,9 +111,7 @@ def test_train_with_load_args_goes_on_as_the_command_line_does(workdir, monkeypa
     short_run(script, run_dir="whole", total_timesteps=900, **flags)
     short_run(script, run_dir="python", total_timesteps=600, **flags)
     saved = checkpoint("python")
-    assert saved["env_steps"] in range(600, 610) and (
-        saved["logger"]["episodes"] or script is sac
-    )  # since the last log
+    assert saved["env_steps"] in range(600, 610) and (saved["logger"]["episodes"] or "Dice" not in str(flags))
     shutil.copytree("python", "shell")
     until_next_second("python")
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
@@ -413,12 +411,6 @@ def test_damaged_and_foreign_run_folders_are_refused(workdir, monkeypatch, train
     assert content("run") == before
 
 
-def test_another_scripts_run_is_refused(workdir, monkeypatch, trained):
-    shutil.copytree(trained, "run")
-    with pytest.raises(SystemExit, match="was made by a2c_sync.py; resume it with that script"):
-        command_line(monkeypatch, "--resume", "run", script=off_policy_ac)
-
-
 UNFIT = {  # flags of the run -> others, to which its checkpoint does not fit
     "optimizer": (a2c_sync, {"optimizer": "rmsprop"}, {"optimizer": "adam"}),
     "normalize_obs": (a2c_sync, {"normalize_obs": False}, {"normalize_obs": True}),
@@ -444,8 +436,10 @@ def test_flags_that_do_not_fit_the_checkpoint_are_refused_and_change_nothing(wor
 
 
 def test_the_folder_of_another_machine_can_be_resumed(workdir, monkeypatch, trained):
-    """Moved, and from another working directory."""
+    """Moved, and from another working directory. But not by another script."""
     shutil.copytree(trained, "moved")
+    with pytest.raises(SystemExit, match="'moved' was made by a2c_sync.py; resume it with that script"):
+        command_line(monkeypatch, "--resume", "moved", script=off_policy_ac)
     monkeypatch.chdir(ROOT)
     assert resume(workdir / "moved", total_timesteps=200)["env_steps"] >= 200
     assert not (ROOT / "run").exists() and not (workdir / "run").exists()

@@ -145,12 +145,10 @@ def test_train_leaves_the_callers_process_as_it_was(workdir, monkeypatch, script
 )
 def test_the_rule_of_matmul_precision(monkeypatch, cpu, factor, wanted, device, precision):
     """`factor`: how many times as large the error of a product is with "medium"."""
-    exists, read_text, product = Path.exists, Path.read_text, torch.Tensor.__matmul__
-    cpuinfo = {Path("/proc/cpuinfo"): f"vendor_id: {cpu}"} if cpu else {}
-    monkeypatch.setattr(Path, "exists", lambda path: path in cpuinfo if path.parts[1:2] == ("proc",) else exists(path))
-    monkeypatch.setattr(
-        Path, "read_text", lambda path: cpuinfo[path] if path.parts[1:2] == ("proc",) else read_text(path)
-    )
+    files, exists, read_text = {"/proc/cpuinfo": f"vendor_id: {cpu}"} if cpu else {}, Path.exists, Path.read_text
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(Path, "exists", lambda x: str(x) in files if "proc" in x.parts else exists(x))
+    monkeypatch.setattr(Path, "read_text", lambda x: files[str(x)] if "proc" in x.parts else read_text(x))
 
     def inexact(a, b):
         exact = product(a.double(), b.double())
@@ -244,12 +242,7 @@ def test_a_file_system_without_locks_is_good_enough(workdir, monkeypatch):
 
 
 COMMON = "charts/episodic_return charts/episodic_length charts/SPS losses/actor_loss losses/critic_loss losses/value"
-TAGS = {
-    "a2c_sync": "",
-    "a3c_async": "lag/mean lag/max lag/dropped",
-    "off_policy_ac": "",
-    "sac": "losses/alpha_loss losses/alpha",
-}
+TAGS = {"a3c_async": "lag/mean lag/max lag/dropped", "sac": "losses/alpha_loss losses/alpha"}
 RESULTS = "script env_id seed env_steps updates seconds sps eval_return_mean eval_return_std eval_episodes"
 LAGS = ["lag_mean", "lag_max", "dropped", "lag_histogram", "workers_replaced"]
 
@@ -264,7 +257,7 @@ def test_files_and_tags_of_a_run_folder(workdir, capsys, name):
     assert [*names[:2], *names[3:]] == ["args.json", "checkpoint.pt", "metrics.csv", "results.json"]
     assert names[2].startswith("events.out.tfevents")
     rows, logged = metrics("run"), events("run")
-    wanted = {*f"{COMMON} losses/entropy {TAGS[name]}".split()}
+    wanted = {*f"{COMMON} losses/entropy {TAGS.get(name, '')}".split()}
     assert {tag for _, tag, _ in rows} | {"charts/SPS"} == set(logged) == wanted
     for tag in wanted - {"charts/SPS", "charts/episodic_return", "charts/episodic_length"}:
         own = [(steps, pytest.approx(float(value), rel=1e-6, nan_ok=True)) for steps, t, value in rows if t == tag]

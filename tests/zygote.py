@@ -1,8 +1,7 @@
 """Starts scripts as processes without their imports: forked from a process that has imported everything, run nothing.
 
-Such a process has its own signals, exit status, working directory and `__main__`; it differs from `python script.py` in
-its command line only. Its other end is `start` in conftest.py. There is one thread here: a fork copies no others, but
-the locks that they hold.
+Such a process differs from `python script.py` in its command line only. Its other end is `start` in conftest.py. There
+is one thread here: a fork copies no others, but the locks that they hold.
 """
 
 import array
