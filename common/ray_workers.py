@@ -106,7 +106,9 @@ class Workers(BaseWorkers):
         self._due[index] = time.monotonic() + self._timeout
 
     def _look(self, seconds: float):
-        answered, _ = ray.wait(list(self._calls), timeout=seconds)
+        calls = list(self._calls)
+        ray.wait(calls, timeout=seconds)  # for the first; and now all that there are, or the others would look overdue
+        answered, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
         for call in answered:
             index = self._calls.pop(call)
             try:

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 
@@ -72,10 +72,9 @@ class Worker:
                 target(self, *args)
                 while True:  # it has done its part
                     self._pipe.recv()
-            except (EOFError, ConnectionError):  # no main process any more
-                pass
             except Exception:
-                self._pipe.send(f"failed:\n{traceback.format_exc()}")
+                with suppress(OSError):  # there may be no main process any more
+                    self._pipe.send(f"failed:\n{traceback.format_exc()}")
 
 
 class BaseWorkers:
@@ -170,8 +169,9 @@ class Workers(BaseWorkers):
             elif message:
                 self._due[index] = float("inf")
                 self._records.append((index, message))
-            else:  # it has just begun
+            else:  # it has just begun, and builds its environments
                 self._answer(index)
+                self._due[index] = time.monotonic() + max(self._timeout, STARTUP_SECONDS)
 
     def _take(self, index: int, record: dict) -> dict:
         record["arrays"] = [array.numpy().copy() for array in self._arrays[index]]
