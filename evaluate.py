@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import tyro
 
-from common.checkpoint import load_checkpoint
+from common.checkpoint import load_checkpoint, set_precision
 from common.envs import make_envs
 from common.evaluate import evaluate
 from common.flags import ROOT, Count, RunArgs, Seed, UserError, check_ranges, read_args, saved_args
@@ -109,7 +109,7 @@ def main():
         env_state = content["parts"]["envs"]
         max_steps = options.max_steps
         torch.set_num_threads(args.num_threads)  # as in the evaluation after training
-        torch.set_float32_matmul_precision(args.matmul_precision)
+        set_precision(args.matmul_precision)
         if options.video:
             try:
                 write_video(agent, args, env_state, Path(options.run_dir), options.seed, max_steps)

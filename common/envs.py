@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
+from gymnasium.vector.async_vector_env import AsyncState
 from gymnasium.wrappers.vector import NormalizeObservation
 
 from common.flags import UserError
@@ -121,6 +122,7 @@ class Envs(VectorWrapper):
         try:
             obs, rewards, terminated, truncated = map(np.array, self.env.step(actions)[:4])
         except (EOFError, ConnectionError):  # of a pipe to a process of an environment
+            self.unwrapped._state = AsyncState.DEFAULT  # or close() would wait for its answer
             raise UserError("A process of an environment has died (out of memory?).") from None
         obs = obs.astype(self.obs_spec[1], copy=False)
         check_finite("observation", obs)

@@ -65,7 +65,7 @@ def read_args(run_dir: str | Path) -> dict:
     """The flags (and the script's name) that a run folder was made with."""
     try:
         saved = json.loads((Path(run_dir) / "args.json").read_text())
-        if saved["script"].isidentifier():
+        if saved["script"].isidentifier() and saved["total_timesteps"] > 0:
             return saved
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass

@@ -42,6 +42,7 @@ class Run:
     launcher, find_folder = "python", staticmethod(checkpoint.find_folder)
 
     def __init__(self, args: RunArgs, script: str):
+        vars(args).update({name: x.item() for name, x in vars(args).items() if isinstance(x, np.generic)})
         check_ranges(args)
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu.")
@@ -93,12 +94,12 @@ class Run:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.logger = Logger(self.dir, args.total_timesteps, self.env_steps, log)
+            stack.callback(self.logger.close)
+            (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
+            checkpoint.write_json(self.dir / "args.json", self._made_by | vars(args) | {"resume": None})
         except OSError as error:
             reason = "another process uses it" if isinstance(error, BlockingIOError) else error.strerror
             raise UserError(f"The run folder {self.name!r} cannot be used: {reason}.") from None
-        stack.callback(self.logger.close)
-        (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
-        checkpoint.write_json(self.dir / "args.json", self._made_by | vars(args) | {"resume": None})
         print(f"{self.script.name} on {args.env_id}, {self.device}, run folder {self.name}", file=sys.stderr)
 
     def _restore(self, saved: dict):

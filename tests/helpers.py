@@ -18,17 +18,13 @@ from common.run import run_cli
 from evaluate import load_args
 
 SCRIPTS = {"a2c_sync": a2c_sync, "a3c_async": a3c_async, "off_policy_ac": off_policy_ac, "sac": sac}
-REPLAY = {"learning_starts": 60, "batch_size": 16, "buffer_size": 200}
-SHORT = {
-    a2c_sync: {"num_envs": 2, "num_steps": 3},
-    a3c_async: {"num_envs": 2, "num_workers": 1, "num_steps": 3},
-    off_policy_ac: REPLAY,
-    sac: REPLAY,
-}
+SHORT = {name: {"num_envs": 2, "num_steps": 3} for name in ("a2c_sync", "a3c_async")}
+SHORT |= {name: {"learning_starts": 60, "batch_size": 16, "buffer_size": 200} for name in ("off_policy_ac", "sac")}
+SHORT["a3c_async"]["num_workers"] = 1
 
 
 def short_run(script=a2c_sync, **flags):
-    flags = {"run_dir": "run", "total_timesteps": 120, "eval_episodes": 1} | SHORT[script] | flags
+    flags = {"run_dir": "run", "total_timesteps": 120, "eval_episodes": 1} | SHORT[script.__name__] | flags
     return script.train(script.Args(**flags))
 
 

@@ -26,9 +26,8 @@ from common.flags import UserError
 
 def on_ranks(target, size, folder):
     """What target(rank, size) returns on each rank, as a process of its own."""
-    context = mp.get_context("forkserver")
-    args = [(target, rank, size, str(folder)) for rank in range(size)]
-    started = [context.Process(target=toy_ranks.run_as_rank, args=each, daemon=True) for each in args]
+    Process, args = mp.get_context("forkserver").Process, [(target, rank, size, str(folder)) for rank in range(size)]
+    started = [Process(target=toy_ranks.run_as_rank, args=each, daemon=True) for each in args]
     try:
         for process in started:
             process.start()
@@ -41,37 +40,25 @@ def on_ranks(target, size, folder):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
-@pytest.fixture(scope="module")
-def shares(tmp_path_factory):
-    """Of three ranks, of which the first one has no transition in the second of three updates."""
-    return on_ranks(toy_ranks.learn_share, 3, tmp_path_factory.mktemp("shares"))
-
-
-@pytest.mark.parametrize("case", toy_ranks.CASES)
-def test_updates_are_those_of_one_process_with_all_environments(shares, case):
-    wanted = toy_ranks.learn(case)
-    for found in shares:
-        assert found[case].keys() == wanted.keys()
-        difference = max((found[case][name] - wanted[name]).abs().max() for name in wanted)
-        assert difference < (2e-6 if case == "pixels" else 1e-12)
-    assert all(same(found[case], shares[0][case]) for found in shares)  # to the last bit, or they would drift apart
-
-
-def test_statistics_of_observations_are_those_of_one_process(shares):
-    rms = RunningMeanStd(shape=(3,))
+def test_updates_and_statistics_of_observations_are_those_of_one_process_with_all_environments(tmp_path):
+    """On three ranks, of which the first one has no transition in the second of three updates."""
+    shares, rms = on_ranks(toy_ranks.learn_share, 3, tmp_path), RunningMeanStd(shape=(3,))
+    for case in toy_ranks.CASES:
+        wanted = toy_ranks.learn(case)
+        for found in (share[case] for share in shares):
+            assert found.keys() == wanted.keys()
+            difference = max((found[name] - wanted[name]).abs().max() for name in wanted)
+            assert difference < (2e-6 if case == "pixels" else 1e-12), case
+            assert same(found, shares[0][case])  # to the last bit, or they would drift apart
     for x in toy_ranks.observations():
         rms.update(x)
-    for found in shares:
-        for name, value in found["moments"].items():
-            torch.testing.assert_close(value, torch.as_tensor(getattr(rms, name)), rtol=1e-6, atol=0)
-
-
-# --- A job of two ranks with two environments each --------------------------------------------------------------------
+    for name, value in ((name, value) for share in shares for name, value in share["moments"].items()):
+        torch.testing.assert_close(value, torch.as_tensor(getattr(rms, name)), rtol=1e-6, atol=0)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """What each rank has seen, and the folder."""
+    """What two ranks with two environments each have seen, and the folder."""
     folder = tmp_path_factory.mktemp("job")
     return *on_ranks(toy_ranks.train_job, 2, folder), folder
 
@@ -109,16 +96,12 @@ def test_a_job_counts_all_transitions_and_episodes_and_each_rank_has_its_own_noi
     assert any(tag == "losses/trunk_grad_cosine" for _, tag, _ in rows)
 
 
-def test_a_job_is_resumed_to_the_bit(job):
-    whole, part = (checkpoint(job[-1] / name) for name in ("whole", "part"))
-    assert len(whole["ranks"]) == 2 and whole["env_steps"] >= 800
-    assert all(same(whole[name], part[name]) for name in ("parts", "ranks", "random", "env_steps", "updates"))
-    assert metrics(job[-1] / "whole") == metrics(job[-1] / "part")
-
-
-def test_a_signal_to_one_rank_stops_all_and_a_refusal_ends_all(job):
+def test_a_job_is_resumed_to_the_bit_and_a_signal_to_one_rank_stops_all_and_a_refusal_ends_all(job):
     one, other, folder = job
-    stopped, in_use, too_few = zip(*(rank["ends"] for rank in (one, other)))
+    whole, part = (checkpoint(folder / name) for name in ("whole", "part"))
+    assert len(whole["ranks"]) == 2 and metrics(folder / "whole") == metrics(folder / "part")
+    assert all(same(whole[name], part[name]) for name in ("parts", "ranks", "random", "env_steps", "updates"))
+    stopped, in_use, too_few = zip(one["ends"], other["ends"], strict=True)
     assert stopped == ("143", "143") and 0 < checkpoint(folder / "stopped")["env_steps"] < 300
     assert "already in use" in in_use[0] and in_use[1] == "1"
     assert all("does not give each of 2 ranks" in each for each in too_few) and not (folder / "new").exists()
@@ -170,20 +153,16 @@ def test_what_torchrun_is_not_for_is_refused(monkeypatch):
     ranks.check(Args(), Path("a2c_sync.py"))
 
 
-# --- torchrun ---------------------------------------------------------------------------------------------------------
-
-
 def torchrun(*words, size=2, options=("--standalone",)):
     words = "-m", "torch.distributed.run", "--nproc-per-node", size, *options, ROOT / "a2c_sync.py", *words
     env = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *map(str, words)], env=env, text=True, **pipes)
+    return subprocess.Popen([sys.executable, *map(str, words)], env=env, text=True, stderr=subprocess.PIPE)
 
 
-def finish(process, code=0):
-    out, err = process.communicate(timeout=300)
+def finish(process, code=0) -> str:
+    _, err = process.communicate(timeout=300)
     assert process.returncode == code, err
-    return out, err
+    return err
 
 
 FLAGS = "--num-envs 5 --num-steps 4 --total-timesteps 2000 --eval-episodes 1 --normalize-obs --network shared".split()
@@ -191,26 +170,23 @@ FLAGS = "--num-envs 5 --num-steps 4 --total-timesteps 2000 --eval-episodes 1 --n
 
 def test_torchrun_starts_a_job(workdir):
     """common/run.py takes DistributedRun; one rank writes."""
-    _, err = finish(torchrun(*FLAGS, "--total-timesteps", 300, "--run-dir", "run"))
+    err = finish(torchrun(*FLAGS, "--total-timesteps", 300, "--run-dir", "run"))
     assert 300 <= results("run")["env_steps"] < 320 and len(checkpoint("run")["ranks"]) == 2
     assert err.count("a2c_sync.py on CartPole-v1") == 1
 
 
 @pytest.mark.slow
-def test_signals_and_resumption(workdir):
-    long = [*FLAGS, "--total-timesteps", 200_000, "--run-dir", "run"]
-    process = torchrun(*long)
+def test_torchruns_signal_stops_a_job_and_other_numbers_of_ranks_resume_it(workdir):
+    process = torchrun(*FLAGS, "--total-timesteps", 200_000, "--run-dir", "run")
     wait_for(lambda: Path("run/metrics.csv").exists() and len(metrics("run")) > 50)
     process.send_signal(signal.SIGTERM)
-    _, err = finish(process, 1)
-    assert err.count("Stopped at environment step") == 1
+    assert finish(process, 1).count("Stopped at environment step") == 1
     stopped = checkpoint("run")["env_steps"]
-    for k, (size, new) in enumerate(((2, ""), (1, ""), (3, "3 ranks instead of 1")), 1):
-        more = "--resume", "run", "--total-timesteps", stopped + 1000 * k
-        one = [sys.executable, str(ROOT / "a2c_sync.py"), *map(str, more)]  # goes on with the first one's noise
-        process = torchrun(*more, size=size) if size > 1 else subprocess.Popen(one, text=True, stderr=subprocess.PIPE)
-        _, err = finish(process)
-        assert err.count("new seeds") == bool(new) and new in err and results("run")["env_steps"] >= stopped + 1000 * k
+    more = ["--resume", "run", "--total-timesteps", stopped + 1000]
+    assert finish(torchrun(*more, size=3)).count("3 ranks instead of 2") == 1
+    more[-1] += 1000
+    finish(subprocess.Popen([sys.executable, ROOT / "a2c_sync.py", *map(str, more)]))
+    assert results("run")["env_steps"] >= stopped + 2000
 
 
 @pytest.mark.slow
@@ -231,9 +207,8 @@ def test_killed_ranks_cost_nothing(workdir, trial):
             os.kill(rng.choice(victims), signal.SIGKILL)
     finish(process)
     whole, killed = checkpoint("whole")["parts"], checkpoint("killed")["parts"]
-    for optimizer in (whole["optimizer"], killed["optimizer"]):
-        for group in optimizer["param_groups"]:
-            del group["lr"]  # of a run that was killed in its evaluation: not that of its last update
+    for group in whole["optimizer"]["param_groups"] + killed["optimizer"]["param_groups"]:
+        del group["lr"]  # of a run that was killed in its evaluation: not that of its last update
     assert same(whole, killed)
     assert metrics("whole") == metrics("killed") and results("whole") == results("killed")
 
@@ -242,5 +217,5 @@ def test_killed_ranks_cost_nothing(workdir, trial):
 def test_thirty_launches_end_in_order_and_a_refused_one_in_one_sentence(workdir):
     for k in range(30):
         finish(torchrun(*FLAGS, "--total-timesteps", 200, "--run-dir", f"run{k}"))
-    _, err = finish(torchrun("--num-envs", 1, "--run-dir", "run"), 1)
+    err = finish(torchrun("--num-envs", 1, "--run-dir", "run"), 1)
     assert err.count("error:") == 1 and "does not give each of 2 ranks" in err and not Path("run").exists()

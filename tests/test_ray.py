@@ -4,21 +4,19 @@ All but the first test need the extra `ray` and are slow: pytest -m slow -n 0 te
 """
 
 import importlib.util
-import json
 import os
 import random
 import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import test_workers
 import toy_workers
 from conftest import ROOT, finish, start
-from helpers import checkpoint, metrics, processes, session_members, wait_for
-from test_workers import await_checkpoints, check, receive, take, until
+from helpers import checkpoint, metrics, processes, results, session_members, wait_for
+from test_workers import await_checkpoints, beginning, check, receive, take, until
 
 from a3c_async import Args, check_flags
 from common.flags import UserError
@@ -35,9 +33,6 @@ def test_what_ray_and_hogwild_are_not_for_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r'needs an extra: pip install -e "\.\[ray\]"'):
         check_flags(Args(engine="ray", update="pooled"))
-
-
-# --- A cluster --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -61,59 +56,29 @@ def clusters():
 def cluster(needs_ray, clusters, monkeypatch):
     """A head, where nothing acts, and two nodes of one CPU each."""
     if not clusters:
-        from ray.cluster_utils import Cluster
-
-        clusters.append(Cluster())
+        clusters.append(importlib.import_module("ray.cluster_utils").Cluster())
         clusters[0].add_node(num_cpus=0, include_dashboard=False)
-    (cluster,) = clusters
-    nodes = cluster.worker_nodes  # what the last test has left
+    nodes = clusters[0].worker_nodes  # what the last test has left
     while len(nodes) > 2:
-        cluster.remove_node(next(iter(nodes)), allow_graceful=False)
+        clusters[0].remove_node(next(iter(nodes)), allow_graceful=False)
     while len(nodes) < 2:
-        cluster.add_node(num_cpus=1)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    return cluster
+        clusters[0].add_node(num_cpus=1)
+    clusters[0].wait_for_nodes()  # or a worker might be sent to one that is just dying, and counted as dead
+    monkeypatch.setenv("RAY_ADDRESS", clusters[0].address)
+    return clusters[0]
 
 
 @pytest.fixture
 def begin(cluster):
-    """Starts workers on the cluster."""
     from common.ray_workers import Workers
 
-    begun = []
-
-    def begin(target, *args, num=2, timeout=300.0):
-        flags = SimpleNamespace(matmul_precision="highest", worker_timeout=timeout)
-        workers = Workers(target, num, flags, module := toy_workers.network())
-        workers.seen = {}
-        workers.set = lambda version: toy_workers.set_parameters(module, version) or workers.publish(version)
-        begun.append(workers)
-        workers.set(0)
-        workers.start(*args)
-        return workers
-
-    yield begin
-    for workers in begun:
-        workers.close()
-        workers.close()  # a second time does no harm
+    yield from beginning(Workers)
     assert not sys.modules["ray"].is_initialized()
 
 
 def actors(parent=None) -> list[int]:
     """Process ids of live actors, those of one raylet or all."""
     return [pid for pid, above, _, name in processes() if name.startswith(b"ray::Worker") and parent in (None, above)]
-
-
-def raylet(node) -> int:
-    return node.all_processes["raylet"][0].process.pid
-
-
-def kill_machine(cluster, node):
-    """As when its power fails: raylet and all that runs on it."""
-    main = raylet(node)
-    for pid in [main, *(pid for pid, above, *_ in processes() if above == main)]:
-        os.kill(pid, signal.SIGKILL)
-    cluster.remove_node(node, allow_graceful=False)
 
 
 @pytest.mark.slow
@@ -179,9 +144,6 @@ def test_what_a_worker_owns_is_closed_when_it_fails_and_when_it_is_ended(begin):
     test_workers.test_what_a_worker_owns_is_closed_when_it_fails_and_when_it_is_ended(begin)
 
 
-# --- Whole runs -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_twelve_kills_of_actors_and_nodes_cost_nothing_but_their_rollouts(workdir, cluster):
     """At random moments. Episodes last ten steps; one counted twice or in halves would have another length."""
@@ -190,14 +152,17 @@ def test_twelve_kills_of_actors_and_nodes_cost_nothing_but_their_rollouts(workdi
     process = start(SCRIPT, *RAY, *flags, cwd=workdir, real=True)
     rng, killed, victims, nodes = random.Random(0), 0, set(), list(cluster.worker_nodes)
     try:
-        await_checkpoints(3)
         while killed < 12:
+            await_checkpoints(1 if killed % 2 else 2)  # or too many would die in a row
             time.sleep(rng.uniform(0.2, 2.0))
-            assert process.poll() is None, "too short a run"
+            assert process.poll() is None, finish(process)
             if killed % 4 == 3:  # a node, with the actor that it has, and another one in its place
                 nodes.append(node := nodes.pop(0))
-                if found := set(actors(raylet(node))) - victims:
-                    kill_machine(cluster, node)
+                raylet = node.all_processes["raylet"][0].process.pid
+                if found := set(actors(raylet)) - victims:
+                    for pid in raylet, *(pid for pid, above, *_ in processes() if above == raylet):
+                        os.kill(pid, signal.SIGKILL)  # as when its power fails
+                    cluster.remove_node(node, allow_graceful=False)
                     nodes[-1] = cluster.add_node(num_cpus=1)
             elif found := set(actors()) - victims:
                 found = {rng.choice(sorted(found))}
@@ -208,10 +173,10 @@ def test_twelve_kills_of_actors_and_nodes_cost_nothing_but_their_rollouts(workdi
         process.kill()
     assert status == 0 and "Traceback" not in err and "raylet" not in out + err, err
     assert "died: The actor is dead because its worker process has died\n  replaced (" in err
-    end, rows = json.loads(Path("run/results.json").read_text()), metrics("run")
-    assert 4500 <= end["env_steps"] < 4500 + 4 * 5 and end["dropped"] == 0 and end["workers_replaced"] == killed, err
+    end, lengths = results("run"), [value for _, tag, value in metrics("run") if tag == "charts/episodic_length"]
+    assert 4500 <= end["env_steps"] < 4500 + 4 * 5 and end["dropped"] == 0, err
+    assert killed <= end["workers_replaced"] <= killed + 3, err  # one may have been sent to each node that was dying
     assert sum(end["lag_histogram"].values()) == end["env_steps"]  # every step once
-    lengths = [value for _, tag, value in rows if tag == "charts/episodic_length"]
     assert set(lengths) == {"10"} and 10 * len(lengths) <= end["env_steps"]
 
 
@@ -234,8 +199,7 @@ def test_a_local_instance_ends_with_the_learner(workdir, needs_ray, monkeypatch,
     process = start(SCRIPT, *flags, cwd=workdir, real=True, start_new_session=True)
     try:
         await_checkpoints(2)
-        members = session_members(process.pid)
-        assert len(members) > 5 and len(set(actors()) & set(members)) == 2
+        wait_for(lambda: len(set(actors()) & set(session_members(process.pid))) == 2)
         if how == signal.SIGKILL:
             process.kill()
         else:
@@ -243,9 +207,8 @@ def test_a_local_instance_ends_with_the_learner(workdir, needs_ray, monkeypatch,
         status, out, err = finish(process)
         if how != signal.SIGKILL:
             assert status == 128 + how and out == "", out + err
-            first, *rest = [line for line in err.split("\n") if line and "steps/s" not in line]
-            assert first == "a3c_async.py on CartPole-v1, cpu, run folder run" and len(rest) == 2, err
-            assert "--resume run" in rest[-1] and checkpoint("run")["env_steps"] > 0
+            stopped, command = [line for line in err.split("\n") if line and "steps/s" not in line]  # nothing of Ray's
+            assert "Stopped" in stopped and "--resume run" in command and checkpoint("run")["env_steps"] > 0, err
         # When Ray's server has been killed with the learner, two agents of Ray's look for it for a minute more
         may = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent") if how == signal.SIGKILL else ()
         wait_for(lambda: all(name.startswith(may) for *_, of, name in processes() if of == process.pid), timeout=10)
@@ -255,19 +218,17 @@ def test_a_local_instance_ends_with_the_learner(workdir, needs_ray, monkeypatch,
 
 
 PROGRAM = """
-import dataclasses, sys
+import dataclasses, ray, sys
 sys.path.insert(0, {root!r})
 from a3c_async import Args, train
 from evaluate import load_args
 
 if __name__ == "__main__":
-    args = Args(env_id="mine:Short-v0", update="pooled", engine="ray", num_workers=2, total_timesteps=1000)
-    import ray
     if "ray" in sys.argv:
         ray.init("local", num_cpus=2, log_to_driver=False)
-    for run_dir in "first", "second":
-        train(dataclasses.replace(args, run_dir=run_dir))
-    train(dataclasses.replace(load_args("first"), total_timesteps=2000))
+    flags = {{"env_id": "mine:Short-v0", "update": "pooled", "engine": "ray", "num_workers": 2, "run_dir": "run"}}
+    train(Args(**flags, total_timesteps=1000))
+    train(dataclasses.replace(load_args("run"), total_timesteps=2000))
     assert ray.is_initialized() == ("ray" in sys.argv)
 """
 MINE = """
@@ -278,14 +239,12 @@ gym.register("Short-v0", entry_point="gymnasium.envs.classic_control:CartPoleEnv
 
 @pytest.mark.slow
 @pytest.mark.parametrize("word", ["", "ray"], ids=["", "the caller's Ray"])
-def test_a_program_trains_twice_and_resumes_with_an_environment_of_its_own_folder(workdir, needs_ray, word):
+def test_a_program_trains_and_resumes_with_an_environment_of_its_own_folder(workdir, needs_ray, word):
     Path("program.py").write_text(PROGRAM.format(root=str(ROOT)))
     Path("mine.py").write_text(MINE)
     status, out, err = finish(start(workdir / "program.py", word, cwd=workdir))
-    assert status == 0, err
-    for run_dir, steps in ("first", 2000), ("second", 1000):
-        assert steps <= json.loads(Path(run_dir, "results.json").read_text())["env_steps"] < steps + 128
-        assert max(float(value) for _, tag, value in metrics(run_dir) if tag == "charts/episodic_length") == 7
+    assert status == 0 and 2000 <= results("run")["env_steps"] < 2000 + 128, err
+    assert max(float(value) for _, tag, value in metrics("run") if tag == "charts/episodic_length") == 7
 
 
 @pytest.mark.slow

@@ -105,18 +105,16 @@ RESUMED = {
 @pytest.mark.parametrize("script, flags", RESUMED.values(), ids=RESUMED)
 def test_train_with_load_args_goes_on_as_the_command_line_does(workdir, monkeypatch, script, flags):
     """And both as the run that was never interrupted, whatever state the caller's generators have."""
-    flags = {"checkpoint_every": 300} | flags
-    if script is a2c_sync:
-        flags |= {"lr_decay": False}
-    short_run(script, run_dir="whole", total_timesteps=900, **flags)
+    flags = {"checkpoint_every": 300} | flags | ({"lr_decay": False} if script is a2c_sync else {})
+    short_run(script, run_dir="whole", total_timesteps=1_200, **flags)
     short_run(script, run_dir="python", total_timesteps=600, **flags)
     saved = checkpoint("python")
     assert saved["env_steps"] in range(600, 610) and (saved["logger"]["episodes"] or "Dice" not in str(flags))
     shutil.copytree("python", "shell")
     until_next_second("python")
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
-    assert resume("python", total_timesteps=900) == json.loads(Path("python/results.json").read_text())
-    command_line(monkeypatch, "--resume", "shell", "--total-timesteps", "900", script=script)
+    assert resume("python", total_timesteps=1_200) == json.loads(Path("python/results.json").read_text())
+    command_line(monkeypatch, "--resume", "shell", "--total-timesteps", "1200", script=script)
     assert_same_run("python", "whole")
     assert_same_run("shell", "whole")
 
@@ -246,16 +244,13 @@ def test_settings_of_the_optimizer_are_the_flags(workdir):
     assert [(group["lr"], group["initial_lr"]) for group in groups] == [(0.5, 0.5), (0.25, 0.25)]
 
 
-def test_fewer_steps_than_the_run_has_are_refused(workdir, monkeypatch):
+def test_fewer_steps_than_the_run_has_are_refused(workdir):
     """400 were asked for; rollouts are whole, so it has more. One that was interrupted may end earlier than planned."""
     short_run(env_id="toy_envs:Constant-v0", total_timesteps=400, num_envs=1)
     steps, before = checkpoint("run")["env_steps"], content("run")
-    sentence = f"'run' has {steps} environment steps already; give more --total-timesteps."
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^'run' has {steps} environment steps already; give more --total-timesteps.$"):
         resume(total_timesteps=399)
-    with pytest.raises(SystemExit) as end:
-        command_line(monkeypatch, "--resume", "run", "--total-timesteps", "300")
-    assert str(error.value) == sentence and end.value.code == f"error: {sentence}" and content("run") == before
+    assert content("run") == before
     assert resume(total_timesteps=400)["env_steps"] == steps > 400
     planned = json.loads(Path("run/args.json").read_text()) | {"total_timesteps": 10**6}
     Path("run/args.json").write_text(json.dumps(planned))

@@ -24,17 +24,16 @@ from common.workers import Workers, shared
 ARRAYS = np.zeros(toy_workers.IMAGES, np.uint8), np.zeros(1000, np.int64)
 
 
-@pytest.fixture
-def begin():
-    """Starts workers; at the end of the test none may be left."""
+def beginning(Workers):
+    """A function that starts workers, for a fixture; they are closed at its end."""
     begun = []
 
     def begin(target, *args, num=2, arrays=(), timeout=300.0):
         flags = SimpleNamespace(matmul_precision="medium", worker_timeout=timeout)
-        workers = Workers(target, num, flags, module := toy_workers.network(), arrays)
+        begun.append(workers := Workers(target, num, flags, module := toy_workers.network(), arrays))
         workers.set = lambda version: toy_workers.set_parameters(module, version) or workers.publish(version)
         workers.seen = {}
-        begun.append(workers)
+        workers.set(0)
         workers.start(*args)
         return workers
 
@@ -42,6 +41,11 @@ def begin():
     for workers in begun:
         workers.close()
         workers.close()  # a second time does no harm
+
+
+@pytest.fixture
+def begin():
+    yield from beginning(Workers)
     assert not children(os.getpid())
 
 
@@ -76,7 +80,7 @@ def take(workers) -> tuple[int, int, int]:
 
 def until(workers, index, generation):
     while take(workers)[:2] != (index, generation):
-        pass
+        assert workers._generations[index] <= generation
 
 
 def pids(workers) -> list[int]:
@@ -94,9 +98,6 @@ def let_pass(workers, clock, seconds, but=()):
     clock.ahead += seconds
     record = workers.receive()
     return record and check(workers, record)
-
-
-# --- Records and parameters -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -129,9 +130,8 @@ def test_of_workers_killed_or_stopped_at_random_moments_records_are_whole_and_no
         for _ in range(rng.randrange(1, 10)):
             version += 1
             workers.set(version)
-            record = receive(workers)
-            check(workers, record)
-            assert record["version"] == 0 or record["whole"]
+            check(workers, record := receive(workers))
+            assert record["whole"]
         time.sleep(rng.uniform(0, 3e-3))
         victim, how = rng.randrange(num), signal.SIGSTOP if wounded % 8 == 0 else signal.SIGKILL
         os.kill(pids(workers)[victim], how)
@@ -159,14 +159,13 @@ def test_a_worker_gets_the_parameters_and_the_version_that_were_newest_when_its_
         assert all((array == record["number"][2] % 251).all() for array in record["arrays"])
 
 
-def test_a_worker_is_one_record_ahead_and_every_worker_has_its_turn(begin):
+def test_a_worker_is_one_record_ahead_and_every_worker_has_its_turn(begin, clock):
     started, turns = shared(np.zeros(3, np.int64)), []
     workers = begin(toy_workers.hand_over, None, started, num=3)
     while len(workers.seen) < 3:
         take(workers)
-    for _ in range(30):
-        wait_for(lambda: all(i in dict(workers._records) or workers._pipes[i].poll() for i in range(3)))
-        turns.append(take(workers)[0])
+    while len(turns) < 30:
+        turns.append(let_pass(workers, clock, 0.0)[0])
     assert sorted(map(turns.count, range(3))) in ([10, 10, 10], [9, 10, 11])
     time.sleep(0.2)
     assert started.tolist() == [workers.seen[i, 0] + 2 for i in range(3)]  # one waits to be taken
@@ -175,9 +174,6 @@ def test_a_worker_is_one_record_ahead_and_every_worker_has_its_turn(begin):
 def test_workers_multiply_as_the_flag_says_and_with_one_thread_and_receive_comes_back_without_a_record(begin):
     workers = begin(toy_workers.tell_precision, num=1)
     assert receive(workers)["number"] == [True, 1, 0] and workers.receive() is workers.receive() is None
-
-
-# --- Failures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("Error", [ValueError, ConnectionResetError, EOFError], ids=lambda Error: Error.__name__)
@@ -215,12 +211,13 @@ def test_a_record_makes_up_for_deaths_and_replacing_has_an_end(begin, monkeypatc
     assert len(workers.seen) == 7
 
 
-def test_a_worker_whose_target_returns_stays(begin):
+def test_a_worker_whose_target_returns_stays_and_close_ends_even_a_stopped_one(begin):
     workers = begin(toy_workers.return_as_number_0)
     first = pids(workers)
     while len(workers.seen) < 2 or workers.seen[1, 0] < 100:
         take(workers)
     assert workers.replaced == 0 and workers.seen[0, 0] == 0 and sorted(children(os.getpid())) == sorted(first)
+    os.kill(first[0], signal.SIGSTOP)  # none is left: see `begin`
 
 
 def test_what_a_worker_owns_is_closed_when_it_fails_and_when_it_is_ended(begin):
@@ -229,16 +226,6 @@ def test_what_a_worker_owns_is_closed_when_it_fails_and_when_it_is_ended(begin):
         owned.add(receive(workers)["number"][2])
     workers.close()
     wait_for(lambda: not owned & {pid for pid, *_ in processes()})
-
-
-def test_close_ends_even_a_stopped_worker(begin):
-    workers = begin(toy_workers.hand_over)
-    until(workers, 0, 0)
-    os.kill(pids(workers)[0], signal.SIGSTOP)
-    assert sorted(children(os.getpid())) == sorted(pids(workers))  # none is left: see `begin`
-
-
-# --- Silence, by the main process's clock -----------------------------------------------------------------------------
 
 
 def test_a_worker_that_waits_for_the_main_process_does_not_hang(begin, clock):
@@ -250,17 +237,14 @@ def test_a_worker_that_waits_for_the_main_process_does_not_hang(begin, clock):
 
 def test_a_worker_has_minutes_for_its_environments_however_short_the_timeout(begin, clock, capsys):
     workers = begin(toy_workers.call, time.sleep, 10**6, num=1, timeout=10.0)
-    let_pass(workers, clock, 0.0)  # it has imported everything and builds its environments
     for replaced in (0, 1):
+        let_pass(workers, clock, 0.0)  # it has imported everything and builds its environments
         for _ in range(2):
             clock.ahead += 100.0
             assert workers.receive() is None and workers.replaced == replaced
         clock.ahead += 150.0
         assert workers.receive() is None and workers.replaced == replaced + 1
     assert capsys.readouterr().err.count("worker 0 handed nothing over for") == 2
-
-
-# --- Whole runs -------------------------------------------------------------------------------------------------------
 
 
 def test_steps_of_a_hogwild_worker_are_never_more_than_the_main_process_counts(begin):
@@ -284,42 +268,36 @@ def await_checkpoints(num):
         wait_for(lambda: path.exists() and path.stat().st_mtime_ns != before)
 
 
-FOUR = "--num-envs 4 --run-dir run"
-RUNS = {
-    "hogwild": f"a3c_async.py {FOUR} --num-workers 2",
-    "pooled": f"a3c_async.py {FOUR} --num-workers 2 --update pooled --batch-size 8",
-    "async": f"a2c_sync.py {FOUR} --vectorization async",
-}
-ENDS = [("hogwild", "SIGKILL"), ("pooled", "SIGKILL"), ("async", "SIGKILL"), ("hogwild", "Ctrl-C"), ("async", "Ctrl-C")]
-ENDS += [("pooled", "end"), ("async", "end")]
+RUNS = {"hogwild": "a3c_async.py --num-workers 2", "async": "a2c_sync.py --vectorization async"}
+RUNS["pooled"] = "a3c_async.py --num-workers 2 --update pooled --batch-size 8"
+ENDS = [(kind, how) for kind in RUNS for how in ("SIGKILL", "Ctrl-C", "end") if (kind, how) != ("hogwild", "end")]
 
 
 @pytest.mark.parametrize("kind, how", ENDS)
 def test_no_process_is_left(workdir, kind, how):
     """Ten seconds after SIGKILL of the main process, while workers step or (pooled) wait; Ctrl-C is for it alone."""
     script, *flags = RUNS[kind].split()
-    flags += ["--eval-episodes", 1, "--checkpoint-every", 100, "--total-timesteps", 500 if how == "end" else 10**7]
+    flags += ["--run-dir", "run", "--num-envs", 4, "--eval-episodes", 1, "--checkpoint-every", 100]
+    flags += ["--total-timesteps", 500 if how == "end" else 10**7]
     process = start(ROOT / script, *flags, cwd=workdir, start_new_session=True)
     try:
         await_checkpoints(1 if how == "end" else 2)  # the first is that of step 0
         workers = children(process.pid)
-        assert how == "end" or len(workers) == (4 if kind == "async" else 2)
         if how == "SIGKILL":
-            if kind == "pooled":
-                process.send_signal(signal.SIGSTOP)
-                time.sleep(0.5)  # until they wait
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.5 if kind == "pooled" else 0)  # until they wait
             process.kill()
-            process.wait()
-        else:
-            if how == "Ctrl-C":
-                for worker in workers if kind == "hogwild" else ():
-                    os.kill(worker, signal.SIGINT)
-                await_checkpoints(3)
-                assert sorted(children(process.pid)) == sorted(workers)
-                os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-            status, _, err = finish(process)
-            assert status == (130 if how == "Ctrl-C" else 0) and not re.search("Traceback|replaced", err), err
+        elif how == "Ctrl-C":
+            for worker in workers if kind != "async" else ():
+                os.kill(worker, signal.SIGINT)
+            await_checkpoints(3)
+            assert sorted(children(process.pid)) == sorted(workers) and len(workers) == (4 if kind == "async" else 2)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        process.wait(timeout=300)
         wait_for(lambda: not session_members(process.pid), timeout=10)
+        status, _, err = finish(process)
+        assert status == {"SIGKILL": -9, "Ctrl-C": 130, "end": 0}[how], err
+        assert how == "SIGKILL" or not re.search("Traceback|replaced", err), err
     finally:
         for pid in session_members(process.pid):
             os.kill(pid, signal.SIGKILL)

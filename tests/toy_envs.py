@@ -188,7 +188,7 @@ class Talkative(Constant):
 
 
 class Dice(Constant):
-    """Shows numbers from the generators that belong to nobody."""
+    """Shows and rewards numbers from the generators that belong to nobody."""
 
     def __init__(self):
         super().__init__()
@@ -196,6 +196,10 @@ class Dice(Constant):
 
     def _obs(self):
         return np.array([random.random(), np.random.rand(), torch.rand(1).item()], np.float32)
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, float(obs[0]), *rest
 
 
 class Single(Constant):

@@ -5,7 +5,6 @@ import random
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,17 +27,14 @@ def run_as_rank(target, rank, size, folder):
     """A rank as torchrun starts it."""
     torch.set_num_threads(1)
     os.chdir(folder)
-    os.environ |= {"TORCHELASTIC_RUN_ID": "job", "WORLD_SIZE": str(size), "RANK": str(rank)}
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
-    for name in [name for name in sys.modules if name in ("a2c_sync", "common") or name.startswith("common.")]:
+    os.environ |= {"TORCHELASTIC_RUN_ID": "job", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("a2c_sync", "common")]:
         del sys.modules[name]  # the fork server may have them
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     torch.save(target(rank, size), f"{rank}.pt")
     dist.barrier()
     os._exit(0)  # torch's threads may abort an end in order
-
-
-# --- Updates ----------------------------------------------------------------------------------------------------------
 
 
 def make(case):
@@ -61,7 +57,8 @@ def make(case):
         rewards, terminated = torch.randn(T, N) + torch.arange(N), done[1:] * (torch.rand(T, N) < 0.5)
         rollouts.append(a2c_sync.Rollout(obs.to(torch.uint8) if images else obs, actions, rewards, terminated, done))
     if not images:  # in double precision, where rounding is far from what an error would be
-        agent, rollouts = agent.double(), [a2c_sync.Rollout(*map(double, rollout)) for rollout in rollouts]
+        agent = agent.double()
+        rollouts = [a2c_sync.Rollout(*(x.double() if x.is_floating_point() else x for x in r)) for r in rollouts]
     return agent, a2c_sync.make_optimizer(agent, args), args, rollouts
 
 
@@ -69,20 +66,21 @@ def parameters(agent):
     return {name: p.detach().clone() for name, p in agent.named_parameters()}
 
 
-def double(x):
-    return x.double() if x.is_floating_point() else x
-
-
-def learn(case, columns=slice(None), share=lambda batch: 1.0, join=lambda agent, share: None):
-    """Parameters after three updates on these environments."""
+def learn(case, columns=slice(None), ranks=None):
+    """Parameters after three updates on these environments; of ranks, the first one's are those that all begin with."""
     import a2c_sync
 
     agent, optimizer, args, rollouts = make(case)
-    state = SimpleNamespace()
-    join(agent, lambda: state.share)
+    share = 1.0
+    if ranks is not None:
+        for p in agent.parameters():
+            p.data += ranks.RANK
+        ranks.GradientSum(agent, lambda: share)
     for rollout in rollouts:
         batch = a2c_sync.Rollout(*(x[:, columns] for x in rollout))
-        state.share = share(batch)
+        if ranks is not None:
+            valid = float((1 - batch.done[:-1]).sum())
+            share = valid / max(ranks.total(valid)[0], 1)
         a2c_sync.update(agent, optimizer, batch, args)
     return parameters(agent)
 
@@ -93,31 +91,17 @@ def learn_share(rank, size):
     from common import ranks  # isort: skip
 
     first = sum(N // size + (i < N % size) for i in range(rank))
-    columns = slice(first, first + ranks.part(N))
-
-    def share(batch):
-        return (valid := float((1 - batch.done[:-1]).sum())) / max(ranks.total(valid)[0], 1)
-
-    def join(agent, share):
-        if rank > 0:
-            for p in agent.parameters():
-                p.data += 1  # what the ranks begin with is the first one's
-        ranks.GradientSum(agent, share)
-
-    found, rms = {case: learn(case, columns, share, join) for case in CASES}, RunningMeanStd(shape=(3,))
+    columns, rms = slice(first, first + ranks.part(N)), RunningMeanStd(shape=(3,))
     rms.update = ranks.Moments(rms)
     for x in observations():
         rms.update(x[columns])
-    found["moments"] = {name: torch.as_tensor(getattr(rms, name)) for name in ("mean", "var", "count")}
-    return found
+    moments = {name: torch.as_tensor(getattr(rms, name)) for name in ("mean", "var", "count")}
+    return {case: learn(case, columns, ranks) for case in CASES} | {"moments": moments}
 
 
 def observations():
     rng = np.random.default_rng(0)
     return [rng.normal(3, 2, (N, 3)).astype(np.float32) for _ in range(20)]
-
-
-# --- A job ------------------------------------------------------------------------------------------------------------
 
 
 def train_job(rank, size):
@@ -134,8 +118,7 @@ def train_job(rank, size):
             if stop and rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return update(agent, optimizer, batch, args)
-        state = random_state()
-        found["noise"] = [torch.rand(1).item(), np.random.rand(), random.random()]
+        state, found["noise"] = random_state(), [torch.rand(1).item(), np.random.rand(), random.random()]
         restore_random(state)
         made.append(agent)
         found["before"] = parameters(agent)
@@ -143,8 +126,7 @@ def train_job(rank, size):
         found["after"] = parameters(agent)
         return metrics
 
-    stop = False
-    a2c_sync.update = note
+    a2c_sync.update, stop = note, False
     a2c_sync.make_envs = lambda *args, **options: made.append(make_envs(*args, **options)) or made[-1]
     a2c_sync.train(a2c_sync.Args(run_dir="whole", **JOB))
     found |= {"end": parameters(made[1]), "rms": made[0].state_dict()}
