@@ -122,7 +122,6 @@ class Envs(VectorWrapper):
         try:
             obs, rewards, terminated, truncated = map(np.array, self.env.step(actions)[:4])
         except (EOFError, ConnectionError):  # of a pipe to a process of an environment
-            self.unwrapped._state = AsyncState.DEFAULT  # or close() would wait for its answer
             raise UserError("A process of an environment has died (out of memory?).") from None
         obs = obs.astype(self.obs_spec[1], copy=False)
         check_finite("observation", obs)
@@ -138,10 +137,12 @@ class Envs(VectorWrapper):
         return obs, rewards * self._reward_scale, terminated, truncated, episodes
 
     def close(self):
-        try:
-            self.env.close()
-        except (EOFError, OSError):  # of a pipe to a process of an environment, which has died
+        processes = getattr(self.unwrapped, "processes", ())
+        if processes and (self.unwrapped._state != AsyncState.DEFAULT or not all(p.is_alive() for p in processes)):
+            self.unwrapped._state = AsyncState.DEFAULT  # amid a step, whose answer may never come
+            [process.kill() for process in processes]
             self.env.close(terminate=True)
+        self.env.close()
 
     def state_dict(self) -> dict:
         """Mean, variance and count of --normalize-obs, if they are kept."""

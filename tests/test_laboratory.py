@@ -521,7 +521,7 @@ def test_curves_of_run_folders(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.figures.plot_runs", lambda groups, *_: drawn.append(groups))
     for name, seed, gamma in (("a", 1, 0.9), ("b", 2, 0.9), ("c", 1, 0.8)):
         (tmp_path / name).mkdir()
-        flags = {"script": "a2c_sync", "env_id": "CartPole-v1", "seed": seed, "gamma": gamma, "run_dir": name}
+        flags = {"script": "a2c_sync", "env_id": "CartPole-v1", "seed": seed, "gamma": gamma, "total_timesteps": 100}
         (tmp_path / name / "args.json").write_text(json.dumps(flags))
     with pytest.raises(SystemExit, match="No episode has ended"):  # nor is there a metrics.csv
         cli()

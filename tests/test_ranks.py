@@ -128,7 +128,8 @@ def test_a_restart_goes_on_with_its_own_job_only_or_begins_anew_before_its_first
     for job, has_checkpoint in ("this one", True), ("another", True), ("this one", False):
         monkeypatch.setattr(ranks, "JOB", job)
         run_dir.mkdir(exist_ok=True)
-        (run_dir / "args.json").write_text(json.dumps({"script": "a2c_sync", "job": "this one", "gamma": 0.5}))
+        flags = {"script": "a2c_sync", "job": "this one", "gamma": 0.5, "total_timesteps": 9}
+        (run_dir / "args.json").write_text(json.dumps(flags))
         (run_dir / "checkpoint.pt").touch() if has_checkpoint else (run_dir / "checkpoint.pt").unlink()
         found = ranks.restarted(args)
         if job == "this one" and has_checkpoint:
