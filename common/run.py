@@ -194,15 +194,11 @@ class Run:
         self.logger.close()
         self._parts["envs"].close()  # a simulator may be there once only
         returns, _ = evaluate(self._parts["agent"], args, self._env_state, args.eval_episodes)
-        mean, std, sps, recent = (
-            np.mean(returns),
-            np.std(returns),
-            self.env_steps / seconds,
-            self.logger.recent_return(),
-        )
+        mean, std, sps = float(np.mean(returns)), float(np.std(returns)), self.env_steps / seconds
         results = {"script": self.script.stem, "env_id": args.env_id, "seed": args.seed, "env_steps": self.env_steps}
-        results |= {"updates": self.updates, "seconds": seconds, "sps": sps, "eval_return_mean": float(mean)}
-        results |= {"eval_return_std": float(std), "eval_episodes": len(returns), "train_return_mean": recent} | extra
+        results |= {"updates": self.updates, "seconds": seconds, "sps": sps, "eval_return_mean": mean}
+        results |= {"eval_return_std": std, "eval_episodes": len(returns)}
+        results |= {"train_return_mean": self.logger.recent_return()} | extra
         checkpoint.write_json(self.dir / "results.json", results)
         print(
             f"greedy return {mean:.1f} ± {std:.1f} over {len(returns)} episodes of {args.env_id}\n"
