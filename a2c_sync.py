@@ -364,7 +364,7 @@ def train(args: Args) -> dict:
             # Act
             for steps, episodes in act(agent, envs, rollout):
                 run.count(steps, episodes)
-            if run.new_steps() == 0:
+            if run.new_steps() == 0:  # all environments have only reset
                 continue
 
             # Learn

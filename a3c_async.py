@@ -8,7 +8,7 @@ parameters itself, without a lock.
 soon as --batch-size transitions have come in from all workers together, they make one update, which is published.
 
 So transitions come from parameters that are a few updates old (D7). Their lag is measured, logged under lag/, and
-bounded by --max-lag. The equations are those of a2c_sync.py:
+bounded by --max-lag. There is no Adam, --normalize-obs or --compile. The equations are those of a2c_sync.py:
 
     (1)  δ_t = r_t + γ (1 − terminated_t) V(s_{t+1}) − V(s_t)
     (2)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}                    done = terminated | truncated
@@ -83,7 +83,7 @@ def check_flags(args: Args):
     if args.engine == "ray" and importlib.util.find_spec("ray") is None:
         raise UserError('--engine ray needs an extra: pip install -e ".[ray]"')
     if args.num_envs % args.num_workers:
-        raise UserError("--num-envs must be a multiple of --num-workers: each has as many environments.")
+        raise UserError("--num-envs must be a multiple of --num-workers: all of them have the same number.")
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def update(agent, optimizer, batch, args):
 def hogwild_update(agent, optimizer, batch, args, shared_agent, is_fresh):
     """One step of the shared parameters along the gradient of a worker's own copy, unless it has become too old."""
     loss, metrics = loss_fn(agent, batch, args)
-    agent.zero_grad()  # the worker's own: they alias the shared ones, and would otherwise accumulate
+    agent.zero_grad()  # gradients of the worker's copy, which are the shared ones, too: they would accumulate
     loss.backward()
     if not is_fresh():
         return metrics

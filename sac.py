@@ -130,7 +130,7 @@ class Actor(nn.Module):
 
 
 class BatchedLinear(nn.Module):
-    """M linear layers as one batched product: (M, B, num_inputs) -> (M, B, num_outputs)"""
+    """M linear layers as one batched product, for speed: (M, B, num_inputs) -> (M, B, num_outputs)"""
 
     def __init__(self, num, num_inputs, num_outputs, gain=2**0.5):
         super().__init__()

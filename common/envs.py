@@ -18,7 +18,7 @@ from gymnasium.wrappers.vector import NormalizeObservation
 from common.flags import UserError
 
 TODAY = {  # what everybody types -> its name today
-    r"(\w+?)(NoFrameskip-v\d|Deterministic-v\d|-v[45])": r"ALE/\1-v5",
+    r"(\w+?)(?:NoFrameskip|Deterministic)-v\d|(Pong|Breakout)-v\d": r"ALE/\1\2-v5",
     r"(HalfCheetah|Hopper|Walker2d|Ant|Humanoid|Swimmer|Reacher)-v[23]": r"\1-v5",
 }
 

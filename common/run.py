@@ -100,7 +100,7 @@ class Run:
         except OSError as error:
             reason = "another process uses it" if isinstance(error, BlockingIOError) else error.strerror
             raise UserError(f"The run folder {self.name!r} cannot be used: {reason}.") from None
-        print(f"{self.script.name} on {args.env_id}, {self.device}, run folder {self.name}", file=sys.stderr)
+        tqdm.write(f"{self.script.name} on {args.env_id}, {self.device}, run folder {self.name}", file=sys.stderr)
 
     def _restore(self, saved: dict):
         try:

@@ -163,7 +163,8 @@ class Workers(BaseWorkers):
                 message = pipe.recv()
             except (EOFError, OSError):  # its end is closed: the process has died
                 self._processes[index].join(1)
-                message = f"has ended with exit code {self._processes[index].exitcode} (-9: out of memory?)"
+                code = self._processes[index].exitcode
+                message = f"has ended with exit code {code}{' (out of memory?)' if code == -9 else ''}"
             if isinstance(message, str):
                 self._replace(index, message)
             elif message:
