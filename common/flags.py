@@ -45,9 +45,7 @@ class RunArgs:
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # torch's; auto: exact, on AMD by oneDNN
     run_dir: str | None = None  # folder of all that is written; by default runs/<env>__<script>__<seed>__<time>
     resume: str | None = None  # run folder to go on with: all flags are those of then, except those given beside it
-    checkpoint_every: Count | None = (
-        None  # steps between checkpoints, which reset the environments; by default 10 a run
-    )
+    checkpoint_every: Count | None = None  # steps between checkpoints, which reset environments; by default 10 a run
     eval_episodes: Count = 20  # episodes of the greedy evaluation at the end
 
 

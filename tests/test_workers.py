@@ -107,7 +107,7 @@ def test_of_a_worker_that_ends_in_half_a_record_the_record_is_lost_and_nothing_e
     workers = begin(toy_workers.fill, how, num=num, arrays=ARRAYS, timeout=600.0)
     while workers.seen.get((0, 0), -1) < 2:
         take(workers)
-    cause = "has ended with exit code -9 (-9: out of memory?)"
+    cause = "has ended with exit code -9 (out of memory?)"
     if how == signal.SIGSTOP:
         cause = "handed nothing over for 600 seconds (--worker-timeout)"
         wait_until_stopped(pids(workers)[0])
