@@ -190,8 +190,8 @@ FAULTS = {
     "raises": ("failed:.*toy_workers.py.*in fail.*ValueError: broken in generation 2", toy_workers.fail),
     "long": ("failed:.*üüü in generation 2", toy_workers.fail, ValueError, "ü" * 300_000),
     "close() hangs": ("failed:.*ValueError: broken in generation 2", toy_workers.fail_beside_a_frozen_simulator),
-    "aborts": ("has ended with exit code -6 ", toy_workers.call, os.abort),
-    "leaves": ("has ended with exit code 3 ", toy_workers.call, sys.exit, 3),
+    "aborts": ("has ended with exit code -6$", toy_workers.call, os.abort),
+    "leaves": ("has ended with exit code 3$", toy_workers.call, sys.exit, 3),
 }
 
 
