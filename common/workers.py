@@ -61,6 +61,7 @@ class Worker:
     def run(self, target, args: tuple, precision: str):
         """The process: until the main process ends it or is no more, or `target` fails."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # which the fork server must not hear
         os.close(forkserver._forkserver._forkserver_alive_fd)  # or the fork server would live as long as this process
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a stopped one outlives the server
@@ -148,7 +149,7 @@ class Workers(BaseWorkers):
         args = self._target, self._args, self._precision
         process = mp.get_context("forkserver").Process(target=worker.run, args=args)
         resource_tracker.ensure_running()  # it would lift the mask
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for the fork server and its workers, too
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # inherited
         try:
             process.start()
         finally:
