@@ -56,7 +56,8 @@ def rmsprop_step(params, grads, group):
     """As RMSpropA3C."""
     for p, grad, square_avg in zip(params, grads, group["state"]["square_avg"]):
         square_avg.mul_(group["alpha"]).addcmul_(grad, grad, value=1 - group["alpha"])
-        p.sub_(group["lr"] * grad / (square_avg + group["eps"]).sqrt())
+        update = grad / (square_avg + group["eps"]).sqrt()
+        p.sub_(group["lr"] * update / update.square().mean().sqrt().clamp(min=1))
 
 
 class Replay:

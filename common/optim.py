@@ -4,11 +4,12 @@ import torch
 
 
 class RMSpropA3C(torch.optim.Optimizer):
-    """g ← αg + (1 − α)Δ², θ ← θ − ηΔ/√(g + ε) (arXiv 1602.01783 section 4 and eq. 8-9).
+    """g ← αg + (1 − α)Δ², U = Δ/√(g + ε), θ ← θ − ηU / max(1, RMS(U)), with RMS(U) that of each tensor.
 
-    g starts at 1, as TensorFlow's did. In torch.optim.RMSprop it starts at 0 and ε is outside the root, so a first step
-    is up to 10 η, of however small a gradient; it is the start that ruins runs (docs/claims.md, mistakes). Where
-    gradients are far below √ε this is plain SGD with a rate of η/√ε.
+    Arxiv 1602.01783 section 4 and eq. 8-9, with the update clipping of arXiv 1804.04235 section 6: after a long calm g
+    is tiny, and one surprise would take a step of up to η/√(1 − α) = 10 η, in all weights at once; the policy that had
+    solved its task is gone (docs/a2c_sync.md). g starts at 1, as TensorFlow's did. In torch.optim.RMSprop it starts at
+    0 and ε is outside the root. Where gradients are far below √ε this is plain SGD with a rate of η/√ε.
     """
 
     def __init__(self, params, lr: float = 7e-4, alpha: float = 0.99, eps: float = 1e-5):
@@ -29,4 +30,7 @@ class RMSpropA3C(torch.optim.Optimizer):
             torch._foreach_addcmul_(square_avgs, grads, grads, 1 - group["alpha"])
             roots = torch._foreach_add(square_avgs, group["eps"])
             torch._foreach_sqrt_(roots)
-            torch._foreach_addcdiv_(params, grads, roots, -group["lr"])
+            updates = torch._foreach_div(grads, roots)
+            rms = torch._foreach_div(torch._foreach_norm(updates), [p.numel() ** 0.5 for p in params])
+            torch._foreach_clamp_min_(rms, 1.0)
+            torch._foreach_addcdiv_(params, updates, rms, -group["lr"])

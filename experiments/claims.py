@@ -395,6 +395,29 @@ CLAIMS = [
         log=True,
     ),
     Claim(
+        "clipping",
+        "Update clipping keeps a policy that has solved its task.",
+        "beyond D1 to D7",
+        {
+            "CartPole-v1": {
+                "a2c_sync.py": PLAIN,
+                "a2c_sync.py without it": variant("a2c_unclipped", PLAIN),
+                "a3c_async.py, two workers": f"{A3C} --num-workers 2",
+            }
+        },
+        [
+            *(
+                expect
+                for row in ("a2c_sync.py", "a3c_async.py, two workers")
+                for expect in (Reach(row, 475, seeds=39), Reach(row, 300, seeds=38, measure="worst after 475"))
+            ),
+            Expect("a2c_sync.py", "a2c_sync.py without it", "worst after 475"),
+            Expect("a2c_sync.py", "a2c_sync.py without it", "steps to 475", margin=25000, lower=True),
+        ],
+        measures=("worst after 475", "return", "steps to 475"),
+        seeds=40,
+    ),
+    Claim(
         "mistakes",
         "The mistakes of famous code cost something.",
         "pitfalls",

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -169,14 +168,15 @@ def read_log(folder: Path) -> dict[str, list[tuple[int, float, float]]]:
 
 
 def measured(name: str, results: dict, log: dict) -> float | None:
-    """`return` is that of the greedy evaluation; `steps to X` when 20 training episodes first had a mean of X.
+    """`return` is that of the greedy evaluation; `steps to X` when 20 training episodes first had a mean of X; `worst
+    after X` the lowest mean of 100 episodes in a row from then on.
 
     The mean of a logged loss by its name; else what results.json has under the name.
     """
     episodes = log["charts/episodic_return"]
     if name == "return":
         return results["eval_return_mean"]
-    if not episodes and (name in ("training return", "worst stretch") or " to " in name):
+    if not episodes and (name in ("training return", "worst stretch") or " to " in name or " after " in name):
         return None
     if name == "training return":  # the mean over all steps: how soon as well as how much
         return mean(value for _, _, value in curve(episodes, results["env_steps"]))
@@ -187,15 +187,16 @@ def measured(name: str, results: dict, log: dict) -> float | None:
         return min(mean(returns[i : i + 20]) for i in range(max(1, len(returns) - 19)))
     if logged := log.get(f"losses/{name}"):
         return mean(value for _, _, value in logged)
-    unit, _, threshold = name.partition(" to ")
-    if not threshold:
+    if not (found := re.fullmatch(r"(steps|seconds) to (.+)|worst after (.+)", name)):
         return results.get(name)
-    last = deque(maxlen=20)
-    for env_steps, seconds, value in episodes:
-        last.append(value)
-        if len(last) == 20 and mean(last) >= float(threshold):
-            return env_steps if unit == "steps" else seconds
-    return AtLeast(results["env_steps" if unit == "steps" else "seconds"])
+    returns, threshold = [value for *_, value in episodes], float(found[2] or found[3])
+    there = next((i for i in range(20, len(returns) + 1) if mean(returns[i - 20 : i]) >= threshold), None)
+    if found[3]:
+        returns = returns[there:] if there else []
+        return min((mean(returns[i : i + 100]) for i in range(len(returns) - 99)), default=mean(returns or [0.0]))
+    if there is None:
+        return AtLeast(results["env_steps" if found[1] == "steps" else "seconds"])
+    return episodes[there - 1][0 if found[1] == "steps" else 1]
 
 
 def curve(episodes: list, env_steps: int, points: int = 100) -> list[tuple[int, float, float]]:

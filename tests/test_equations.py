@@ -443,6 +443,27 @@ def test_rmsprop_has_epsilon_inside_the_root(flags):
     assert abs(theta[1].item() + 2.0) < lr * 0.05
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
+def test_a_surprise_after_a_long_calm_moves_no_tensor_by_more_than_the_rate(shared):
+    """Update clipping: 1,400 updates without an error, then a rollout that is all wrong. As published, RMSProp would
+    take a step of 10 η in every weight; a policy that had solved its task was gone after it."""
+    agent, args = ActorCritic((3,), 2, True, shared), a2c_sync.Args(network="shared" if shared else "separate")
+    optimizer, before = a2c_sync.make_optimizer(agent, args), copy.deepcopy(agent)
+    for p in agent.parameters():
+        p.grad = torch.zeros_like(p)
+    for _ in range(1400):
+        optimizer.step()
+    assert same(agent.state_dict(), before.state_dict())
+    batch = make_batch(True)
+    update(agent, optimizer, batch._replace(rewards=batch.rewards + 10_000), args)
+    for p, old in zip(agent.parameters(), before.parameters()):
+        unclipped = p.grad / (optimizer.state[p]["square_avg"] + args.rmsprop_eps).sqrt()
+        assert unclipped.square().mean().sqrt() > 9
+        assert (p - old).square().mean().sqrt().item() == pytest.approx(args.actor_lr, rel=1e-3)
+        cosine = torch.cosine_similarity(unclipped.flatten(), (old - p).flatten(), dim=0)
+        assert cosine.item() == pytest.approx(1, abs=1e-3)
+
+
 # --- The sections by themselves ---------------------------------------------------------------------------------------
 
 OF_A2C = [case for case in CASES if CASES[case][0] is a2c_sync]

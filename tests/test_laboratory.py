@@ -135,6 +135,9 @@ def test_measures_of_a_run():
     assert measured("worst stretch", results, log) == np.mean([10 * i for i in range(51, 71)])
     # Returns 310 to 500 have a mean of 405, those before it one of 395
     assert measured("steps to 400", results, log) == 5000 and measured("seconds to 400", results, log) == 50
+    falls = {"charts/episodic_return": [*episodes, *((0, 0.0, 5.0 if 40 <= i < 140 else 900.0) for i in range(200))]}
+    assert measured("worst after 400", results, falls) == 5 and measured("worst after 9999", results, falls) == 0
+    assert measured("worst after 400", results, log) == np.mean([10 * i for i in range(51, 101)])  # fewer than 100
     never = measured("steps to 9999", results, log)
     assert never == 10_000 and isinstance(never, AtLeast)
     row = {"task": "t", "row": "r", "seconds of run": "1.0", "steps": runner.text(never), "none": runner.text(None)}
