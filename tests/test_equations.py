@@ -458,7 +458,7 @@ def test_a_surprise_after_a_long_calm_moves_no_tensor_by_more_than_the_rate(shar
     update(agent, optimizer, batch._replace(rewards=batch.rewards + 10_000), args)
     for p, old in zip(agent.parameters(), before.parameters()):
         unclipped = p.grad / (optimizer.state[p]["square_avg"] + args.rmsprop_eps).sqrt()
-        assert unclipped.square().mean().sqrt() > 9
+        assert unclipped.square().mean().sqrt() > 5
         assert (p - old).square().mean().sqrt().item() == pytest.approx(args.actor_lr, rel=1e-3)
         cosine = torch.cosine_similarity(unclipped.flatten(), (old - p).flatten(), dim=0)
         assert cosine.item() == pytest.approx(1, abs=1e-3)
