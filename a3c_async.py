@@ -51,7 +51,7 @@ from common.workers import Worker, Workers, copy_parameters, shared
 class Args(RunArgs):
     device: Literal["auto", "cpu", "cuda"] = "cpu"  # where pooled's networks learn; all else is on the CPU
     num_workers: Count = 4  # W, processes that act
-    num_envs: Count = 16  # W x N, environments of all workers together
+    num_envs: Count = 32  # W x N, environments of all workers together
     num_steps: Count = 8  # T, steps of a worker's environments between two pulls of the parameters
     update: Literal["hogwild", "pooled"] = "hogwild"  # every worker by itself (A3C); of what all handed over (D6)
     engine: Literal["processes", "ray"] = "processes"  # pooled's workers: of this machine, or of a Ray cluster
@@ -64,7 +64,7 @@ class Args(RunArgs):
     gae_lambda: Fraction = 0.95  # λ of the advantage; 1 gives n-step returns, 0 the one-step δ
     ent_coef: NonNegative = 0.01  # β, weight of the entropy bonus
     value_coef: NonNegative = 0.5  # c, weight of the critic's loss; matters for a shared trunk
-    actor_lr: Positive = 2.5e-3  # learning rate of the actor; with --network shared of everything
+    actor_lr: Positive = 5e-3  # learning rate of the actor; with --network shared of everything
     critic_lr: Positive | None = None  # learning rate of the critic; by default that of the actor
     lr_decay: bool = True  # let the learning rates fall linearly to 0 at --total-timesteps
     rmsprop_eps: Positive = 1e-5  # ε inside RMSProp's root; 1e-8 for images, whose gradients are smaller (docs)

@@ -4,12 +4,16 @@ import errno
 import json
 import os
 import random
+import sys
 import time
 import zipfile
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from common.flags import UserError, read_args
 
@@ -96,6 +100,31 @@ def restore_random(state: dict):
         torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(state["python"])
     np.random.set_state(tuple(state["numpy"]))
+
+
+@contextmanager
+def kept(name: str):
+    """What an environment changes for the whole process is put back: if it seeds torch, the agent's noise repeats."""
+
+    def state():
+        noise = torch.get_rng_state().numpy().tobytes()
+        return torch.get_default_dtype(), torch.is_grad_enabled(), np.geterr(), noise
+
+    dtype, grad, errors, noise = before = state()
+    yield
+    if state() != before:
+        warn(f"{name} changes torch's generator, its defaults, or NumPy's for the whole process; they are put back.")
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        np.seterr(**errors)
+        torch.set_rng_state(torch.frombuffer(bytearray(noise), dtype=torch.uint8))
+        torch.manual_seed(torch.randint(2**62, ()).item())  # its own noise does not repeat either
+
+
+@cache
+def warn(text: str):
+    """Once in a process."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def set_precision(wanted: str, device: str = "cpu"):

@@ -15,6 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.vector.async_vector_env import AsyncState
 from gymnasium.wrappers.vector import NormalizeObservation
 
+from common.checkpoint import kept, warn
 from common.flags import UserError
 
 TODAY = {  # what everybody types -> its name today
@@ -46,8 +47,10 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
     elif args.vectorization == "async" and not evaluation:  # a fork of this process could hang, its threads missing
         options["vectorization_mode"] = "async"
         options["vector_kwargs"] |= {"context": "forkserver" if os.name == "posix" else "spawn"}
+    if "num_envs" in spec.kwargs:
+        raise UserError(f"{args.env_id} is registered with num_envs, which --num-envs could not change.")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), kept(args.env_id):
             warnings.simplefilter("ignore")  # gymnasium's remarks on spaces; unsupported ones are refused below
             envs = gym.make_vec(spec, num_envs=num_envs or args.num_envs, **options, **args.env_kwargs)
     except Exception as error:
@@ -56,23 +59,42 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
         raise UserError(f"{args.env_id} cannot be built. {reason}{hint}") from error
     check_spaces(envs, args, images, discrete)
     reward_scale = 1.0 if evaluation else getattr(args, "reward_scale", 1.0)
-    return Envs(envs, getattr(args, "normalize_obs", False), evaluation, atari, reward_scale)
+    return Envs(args.env_id, envs, getattr(args, "normalize_obs", False), evaluation, atari, reward_scale)
 
 
 class Plain(gym.Wrapper):
-    """Without infos, which nobody reads, and those of several environments need not fit together."""
+    """Without infos, which nobody reads and which need not fit together; and what is odd is refused."""
 
     def __init__(self, main: int, env):
         super().__init__(env)
+        self._name, self._space = env.spec.id, env.observation_space
+        while env is not env.unwrapped:
+            if isinstance(env, (gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward)):
+                warn(f"{self._name} has {type(env).__name__}, whose statistics evaluation lacks: use --normalize-obs.")
+            env = env.env
         if os.getpid() != main and hasattr(os, "setpgrp"):
             os.setpgrp()  # in a process of its own: Ctrl-C is for the main process, which then ends this one
             torch.set_flush_denormal(True)
 
     def reset(self, **kwargs):
-        return self.env.reset(**kwargs)[0], {}
+        return self._call(self.env.reset, "obs, info", **kwargs)
 
     def step(self, action):
-        return *self.env.step(action)[:4], {}
+        return self._call(self.env.step, "obs, reward, terminated, truncated, info", action)
+
+    def _call(self, method, names: str, *args, **kwargs) -> tuple:
+        try:
+            result = method(*args, **kwargs)
+        except SystemExit as end:  # of a window that was closed, perhaps
+            if isinstance(end.code, int) and end.code >= 128:  # or by a signal to us
+                raise
+            raise UserError(f"{self._name} has called sys.exit() in {method.__name__}().") from None
+        if not isinstance(result, tuple) or len(result) != len(names.split()):
+            raise UserError(f"{self._name}: {method.__name__}() must return {names}.")
+        obs = np.asarray(result[0])
+        if obs.shape != self._space.shape or not np.can_cast(obs.dtype, self._space.dtype, "same_kind"):
+            raise UserError(f"{self._name} gives observations of shape {obs.shape}, {obs.dtype}, not {self._space}.")
+        return obs, *result[1:-1], {}
 
 
 class Envs(VectorWrapper):
@@ -83,9 +105,9 @@ class Envs(VectorWrapper):
     `obs_spec`, `action_spec`: shape and dtype of one entry; `num_actions`: choices if `discrete`, else dimensions.
     """
 
-    def __init__(self, envs, normalize: bool, evaluation: bool, atari: bool, reward_scale: float = 1.0):
+    def __init__(self, name: str, envs, normalize: bool, evaluation: bool, atari: bool, reward_scale: float = 1.0):
         super().__init__(NormalizeObservation(envs) if normalize else envs)
-        self._normalizes = normalize
+        self._name, self._normalizes = name, normalize
         if normalize:
             self.env.update_running_mean = not evaluation
         shape, dtype = envs.single_observation_space.shape, envs.single_observation_space.dtype
@@ -107,9 +129,17 @@ class Envs(VectorWrapper):
         if isinstance(seed, list) and not isinstance(self.unwrapped, (SyncVectorEnv, AsyncVectorEnv)):
             seed = np.array(seed) if self._atari else seed[0]
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
-        obs = np.array(self.env.reset(seed=seed)[0], self.obs_spec[1])
+        with kept(self._name):
+            obs = self._array("observations", self.env.reset(seed=seed)[0], *self.obs_spec)
         check_finite("observation", obs)
         return obs, {}
+
+    def _array(self, what: str, values, shape: tuple, dtype) -> np.ndarray:
+        """A copy, (N, *shape)."""
+        array = np.array(values, dtype)
+        if array.shape != (self.num_envs, *shape):
+            raise UserError(f"{self._name} gives {what} of shape {array.shape}, not {(self.num_envs, *shape)}.")
+        return array
 
     def step(self, actions: np.ndarray):
         """Copies of obs, rewards, terminated, truncated, and (environment, return, length) of each ended episode."""
@@ -120,13 +150,15 @@ class Envs(VectorWrapper):
         elif self._start or self._action_dtype != actions.dtype:
             actions = (actions + self._start).astype(self._action_dtype)
         try:
-            obs, rewards, terminated, truncated = map(np.array, self.env.step(actions)[:4])
+            with kept(self._name):
+                obs, rewards, terminated, truncated, _ = self.env.step(actions)
         except (EOFError, ConnectionError):  # of a pipe to a process of an environment
             raise UserError("A process of an environment has died (out of memory?).") from None
-        obs = obs.astype(self.obs_spec[1], copy=False)
+        obs, rewards = self._array("observations", obs, *self.obs_spec), self._array("rewards", rewards, (), float)
+        terminated, truncated = (self._array("flags", flags, (), bool) for flags in (terminated, truncated))
         check_finite("observation", obs)
         check_finite("reward", rewards)
-        self._returns += rewards  # of a step that only resets: 0
+        self._returns += rewards * (self._lengths >= 0)  # not of a step that only resets
         self._lengths += 1
         episodes = []
         for i in np.flatnonzero(terminated | truncated).tolist():

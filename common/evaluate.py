@@ -8,7 +8,6 @@ from common.envs import make_envs
 from common.flags import UserError
 
 
-@torch.no_grad()
 def evaluate(agent, args, env_state, episodes, seed=0, max_steps=100_000, on_step=lambda *_: None, render=False):
     """Greedy returns and lengths, each (episodes,), in fresh environments with frozen statistics.
 

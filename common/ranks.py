@@ -48,7 +48,8 @@ def run_cli(train, Args):
 class DistributedRun(Run):
     """A rank's view of the one run: counts are those of all ranks, the script's args.num_envs is the rank's share."""
 
-    launcher = "torchrun ..."
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(SIZE)
+    launcher = f"torchrun --standalone --nproc-per-node {SIZE}" if one_machine else "torchrun ..."
 
     def __init__(self, args, script: str):
         start()
@@ -85,7 +86,8 @@ class DistributedRun(Run):
 
     def _stop(self, number: int):
         self.logger.close()
-        wait()  # torchrun ends all ranks when one has ended: not before the first has saved
+        if not self._is_trained:  # else the others have left
+            wait()  # torchrun ends all ranks when one has ended: not before the first has saved
         if RANK > 0:
             raise SystemExit(128 + signal.SIGTERM)
         super()._stop(number)

@@ -10,6 +10,7 @@ import os
 import queue
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -83,10 +84,15 @@ class Workers(BaseWorkers):
     def __init__(self, target, num: int, args, module: torch.nn.Module, arrays=()):
         super().__init__(target, num, args, module, arrays)
         self._actors, self._calls = [None] * num, {}  # those without an answer: reference -> worker
+        self._watch = None
         self._has_started_ray = connect(num)
 
     def start(self, *args):
         self._program = ray.put(cloudpickle.dumps((self._target, args)))
+        # When one of its own processes here dies, Ray ends this program: another says so, unless it hears of a good end
+        words = f"error: the program or Ray has been killed. Go on from the last checkpoint with\n  {self.go_on}"
+        command = ["sh", "-c", 'read end || echo "$0" >&2', words]
+        self._watch = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         super().start(*args)
 
     def publish(self, version: int):
@@ -137,6 +143,9 @@ class Workers(BaseWorkers):
     def close(self):
         """Ends all of them, and Ray where it was started for them."""
         super().close()
+        if self._watch:
+            self._watch.communicate(b"\n")
+            self._watch = None
         if self._has_started_ray:
             self._has_started_ray = False
             ray.shutdown()

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +26,10 @@ LOG_EVERY = 500  # environment steps, or a thousandth of the run where that is m
 
 def run_cli(train, Args):
     """Parses and trains; what the user can mend ends in one sentence, without a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # γ on a terminal without UTF-8
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as in a daemon
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")  # γ on a terminal without UTF-8
     try:
         train(parse(train, Args))
     except UserError as error:
@@ -40,12 +42,16 @@ class Run:
     """One training run; `env_steps` and `updates` count what has been done. Nothing is written before open()."""
 
     launcher, find_folder = "python", staticmethod(checkpoint.find_folder)
+    _thread = None  # of the program, that trains: there is one set of random generators
 
     def __init__(self, args: RunArgs, script: str):
         vars(args).update({name: x.item() for name, x in vars(args).items() if isinstance(x, np.generic)})
         check_ranges(args)
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu.")
+        main = sys.modules["__main__"]
+        if not os.path.exists(getattr(main, "__file__", None) or "."):
+            del main.__file__  # "<stdin>", which worker processes could not import
         self.args, self.script = args, Path(script)
         self._made_by = {"script": self.script.stem}
         self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -53,10 +59,17 @@ class Run:
         self._stop_signal, self._is_trained = None, False
         self.name, self._saved = self.find_folder(args, self.script.stem)
         self.dir = Path(self.name).absolute()  # an environment may change the working directory
+        if Run._thread not in (None, threading.current_thread()) and Run._thread.is_alive():
+            raise UserError("Another thread of this program trains, and would draw from the same random generators.")
+        Run._thread = threading.current_thread()
         self._at_exit = ExitStack()  # of what the process has in common with the program that called train()
+        self._at_exit.callback(setattr, Run, "_thread", None)
         self._at_exit.callback(checkpoint.restore_random, checkpoint.random_state())
         self._at_exit.callback(torch.set_num_threads, torch.get_num_threads())
-        self._at_exit.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            self._at_exit.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+        with suppress(RuntimeError):  # where the program has used the newer names, which stand above
+            self._at_exit.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_num_threads(args.num_threads)
         checkpoint.set_precision(args.matmul_precision, self.device.type)
         checkpoint.seed_generators(args.seed)
@@ -66,6 +79,7 @@ class Run:
         """Makes or resumes the run folder; `parts`, which have (load_)state_dict(), are saved in every checkpoint. At
         the end all is closed, and generators, threads and signals are the caller's again."""
         self._parts, args, saved = parts, self.args, self._saved
+        parts["envs"].go_on = self._command()  # Ray may end the program without a word
         with self._at_exit as stack:  # whatever happens, closes what has been opened
             stack.callback(parts["envs"].close)
             if saved is not None:
@@ -84,10 +98,11 @@ class Run:
             except FloatingPointError as error:
                 where = f"at environment step {self.env_steps:,}; the last good checkpoint is in {self.name!r}"
                 raise UserError(f"{error} is not finite {where}.") from None
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            except (UserError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE):
                     raise
-                raise UserError(f"{error.strerror}: make room, then go on with --resume {self.name!r}.") from None
+                where = f"Go on from environment step {self._saved_steps:,} with\n  {self._command()}"
+                raise UserError(f"{error}\n{where}") from None
 
     def _open_folder(self, stack: ExitStack, log: dict | None):
         args = self.args
@@ -97,8 +112,9 @@ class Run:
             stack.callback(self.logger.close)
             (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
             checkpoint.write_json(self.dir / "args.json", self._made_by | vars(args) | {"resume": None})
-        except OSError as error:
-            reason = "another process uses it" if isinstance(error, BlockingIOError) else error.strerror
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", "its name is not UTF-8")
+            reason = "another process uses it" if isinstance(error, BlockingIOError) else reason
             raise UserError(f"The run folder {self.name!r} cannot be used: {reason}.") from None
         tqdm.write(f"{self.script.name} on {args.env_id}, {self.device}, run folder {self.name}", file=sys.stderr)
 
@@ -129,9 +145,11 @@ class Run:
 
     def _stop(self, number: int):
         self.logger.close()
-        command = f"{self.launcher} {shlex.quote(os.path.relpath(self.script))} --resume {shlex.quote(self.name)}"
-        print(f"Stopped at environment step {self.env_steps:,}. Go on with\n  {command}", file=sys.stderr)
+        print(f"Stopped at environment step {self.env_steps:,}. Go on with\n  {self._command()}", file=sys.stderr)
         raise SystemExit(128 + number)
+
+    def _command(self) -> str:
+        return f"{self.launcher} {shlex.quote(os.path.relpath(self.script))} --resume {shlex.quote(self.name)}"
 
     def env_seed(self) -> int:
         """For the reset of all environments at this step. Simulators cannot be saved, so every checkpoint resets them:

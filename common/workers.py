@@ -29,7 +29,10 @@ MAX_REPLACED = 100  # workers in one run
 
 def shared(array) -> torch.Tensor:
     """A copy in memory that processes share; handed over as an argument of a process."""
-    return torch.as_tensor(array).detach().cpu().clone().share_memory_()
+    try:
+        return torch.as_tensor(array).detach().cpu().clone().share_memory_()
+    except RuntimeError as error:
+        raise UserError(f"{error}. Fewer workers, a larger /dev/shm, or more open files (ulimit -n) help.") from None
 
 
 @torch.no_grad()
@@ -60,7 +63,7 @@ class Worker:
 
     def run(self, target, args: tuple, precision: str):
         """The process: until the main process ends it or is no more, or `target` fails."""
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # which the fork server must not hear
         os.close(forkserver._forkserver._forkserver_alive_fd)  # or the fork server would live as long as this process
         if sys.platform == "linux":
@@ -147,6 +150,8 @@ class Workers(BaseWorkers):
         self._pipes[index], its = mp.Pipe()
         worker = Worker(index, self._generations[index], its, self._params[index], self._arrays[index])
         args = self._target, self._args, self._precision
+        for descriptor in [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]:
+            os.close(descriptor)  # if there are too few (ulimit -n), it shows here, and not in the fork server
         process = mp.get_context("forkserver").Process(target=worker.run, args=args)
         resource_tracker.ensure_running()  # it would lift the mask
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # inherited

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -188,6 +189,22 @@ def test_torchruns_signal_stops_a_job_and_other_numbers_of_ranks_resume_it(workd
     more[-1] += 1000
     finish(subprocess.Popen([sys.executable, ROOT / "a2c_sync.py", *map(str, more)]))
     assert results("run")["env_steps"] >= stopped + 2000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_while_the_first_rank_evaluates_says_how_to_go_on(workdir, number):
+    """The others have left by then. The command is one to paste."""
+    process = torchrun(*FLAGS, "--total-timesteps", 300, "--run-dir", "run", "--eval-episodes", 10**6)
+    wait_for(lambda: Path("run/checkpoint.pt").exists() and checkpoint("run")["env_steps"] >= 300)
+    time.sleep(2)
+    process.send_signal(number)
+    err = finish(process, 1)
+    assert "lost the others" not in err and not Path("run/results.json").exists()
+    command = re.search(r"^  (torchrun --standalone --nproc-per-node 2 .*a2c_sync.py --resume run)$", err, re.M)[1]
+    bin = Path(sys.executable).parent
+    done = subprocess.run(f"{bin / command} --eval-episodes 1", shell=True, capture_output=True, timeout=120)
+    assert done.returncode == 0 and results("run")["eval_episodes"] == 1
 
 
 @pytest.mark.slow

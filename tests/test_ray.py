@@ -6,6 +6,7 @@ All but the first test need the extra `ray` and are slow: pytest -m slow -n 0 te
 import importlib.util
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -215,6 +216,24 @@ def test_a_local_instance_ends_with_the_learner(workdir, needs_ray, monkeypatch,
     finally:
         for pid in session_members(process.pid):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_run_that_ray_ends_says_how_to_go_on(workdir, needs_ray, monkeypatch):
+    """Where one of its own processes on this machine dies, Ray ends the program at once, from C++."""
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    flags = *RAY, "--num-workers", 2, "--total-timesteps", 10**6, "--checkpoint-every", 1000
+    process = start(SCRIPT, *flags, cwd=workdir, real=True, start_new_session=True)
+    try:
+        await_checkpoints(2)
+        (agent,) = (pid for pid, *_, name in processes() if name.startswith(b"ray::DashboardAgent"))
+        os.kill(agent, signal.SIGKILL)
+        status, out, err = finish(process)
+    finally:
+        for pid in session_members(process.pid):
+            os.kill(pid, signal.SIGKILL)
+    assert status == 1
+    assert re.search(r"error: .* killed. Go on .* with\n  python .*a3c_async.py --resume run\n", err)
 
 
 PROGRAM = """

@@ -7,6 +7,8 @@ import random
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -183,6 +185,90 @@ assert states[2] == random.getstate() and torch.tensor(1e-30) * 1e-10 > 0
 """
     status, out, err = finish(start("-c", code, cwd=workdir))
     assert (status, out, err) == (0, "", "") and list(Path(".").iterdir()) == []
+
+
+def test_a_second_train_in_another_thread_is_refused(workdir):
+    """There is one set of random generators: side by side, seed 1 would not be seed 1."""
+    short_run(run_dir="alone")
+    started, refused = threading.Event(), []
+
+    def second():
+        started.wait()
+        try:
+            short_run(run_dir="second")
+        except UserError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        update = a2c_sync.update
+        patch.setattr(a2c_sync, "update", lambda *args: started.set() or thread.join() or update(*args))
+        short_run(run_dir="first")
+    assert refused == ["Another thread of this program trains, and would draw from the same random generators."]
+    assert same(checkpoint("first")["parts"], checkpoint("alone")["parts"]) and not Path("second").exists()
+    thread = threading.Thread(target=short_run, kwargs={"run_dir": "after"})
+    thread.start(), thread.join()
+    assert same(checkpoint("after")["parts"], checkpoint("alone")["parts"])
+
+
+@pytest.mark.parametrize("backend", [torch.backends, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul], ids=str)
+@pytest.mark.filterwarnings("ignore")  # torch's, of the older names
+def test_a_caller_may_set_precision_by_its_newer_names(workdir, backend):
+    """After which torch raises where the older name is asked for."""
+    names = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before, chosen = backend.fp32_precision, "tf32"
+    try:
+        backend.fp32_precision = chosen
+        wanted = [name.fp32_precision for name in names]
+        short_run(matmul_precision="medium")
+        assert [name.fp32_precision for name in names] == wanted and backend.fp32_precision == chosen
+    finally:
+        backend.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_daemon_without_stdout_and_stderr_trains(workdir):
+    words = "--total-timesteps 200 --eval-episodes 1 --run-dir run"
+    status = os.system(f"{shlex.quote(sys.executable)} {shlex.quote(str(SCRIPT))} {words} >&- 2>&-")
+    assert status == 0 and results("run")["env_steps"] >= 200
+
+
+def test_a_program_from_stdin_has_workers(workdir):
+    """Which would import the file "<stdin>"."""
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import a2c_sync, a3c_async
+flags = dict(total_timesteps=200, eval_episodes=1, num_envs=2)
+a3c_async.train(a3c_async.Args(num_workers=2, run_dir="workers", **flags))
+a2c_sync.train(a2c_sync.Args(vectorization="async", env_id="Acrobot-v1", run_dir="environments", **flags))
+"""
+    done = subprocess.run([sys.executable], input=code, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert results("workers")["workers_replaced"] == 0 and results("environments")["env_steps"] >= 200
+
+
+def test_too_few_file_descriptors_are_named(workdir):
+    words = "--num-workers 16 --total-timesteps 2000 --run-dir run".split()
+    command = shlex.join([sys.executable, str(ROOT / "a3c_async.py"), *words])
+    done = subprocess.run(["sh", "-c", f"ulimit -n 48; exec {command}"], text=True, capture_output=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "error: [Errno 24] Too many open files" in done.stderr and command_of(done.stderr)[1:] == ["--resume", "run"]
+
+
+def test_too_little_shared_memory_is_named(workdir, monkeypatch):
+    def share(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)
+    with pytest.raises(UserError, match="^unable to allocate shared memory.* a larger /dev/shm.* help.$"):
+        short_run(a3c_async, update="pooled")
+
+
+@pytest.mark.parametrize("name, reason", [("x" * 300, "File name too long"), ("\udcff", "its name is not UTF-8")])
+def test_a_folder_that_cannot_be_made_is_named(workdir, name, reason):
+    with pytest.raises(UserError, match=f"cannot be used: {reason}.$"):
+        short_run(run_dir=name)
 
 
 # --- Processes of environments ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 import time
 
 import gymnasium as gym
@@ -300,11 +301,104 @@ class Frames(Constant):
         return None if shape is None else np.full(shape, 20 * self.t, np.uint8)
 
 
+class Meddling(Constant):
+    """Changes something for the whole process in its constructor, in reset() or in step()."""
+
+    WHAT = {
+        "dtype": lambda: torch.set_default_dtype(torch.float64),
+        "grad": lambda: torch.set_grad_enabled(False),
+        "errors": lambda: np.seterr(all="raise"),
+        "noise": lambda: torch.manual_seed(42),
+    }
+
+    def __init__(self, what="noise", when="reset"):
+        super().__init__(length=3)
+        self.what, self.when = what, when
+        self._meddle("init")
+
+    def _meddle(self, now):
+        if now == self.when:
+            self.WHAT[self.what]()
+
+    def reset(self, **kwargs):
+        self._meddle("reset")
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        self._meddle("step")
+        return super().step(action)
+
+
+class Window(Constant):
+    """Somebody closes its window at its 100th step, and pygame's usual code ends the program."""
+
+    count = 0
+
+    def step(self, action):
+        self.count += 1
+        if self.count == 100:
+            sys.exit()
+        return super().step(action)
+
+
+class Former(Constant):
+    """step() of before 2022: obs, reward, done, info."""
+
+    def step(self, action):
+        obs, reward, *ends, info = super().step(action)
+        return obs, reward, any(ends), info
+
+
+class Differentiating(Constant):
+    """Its physics are gradients."""
+
+    def step(self, action):
+        x = torch.ones(1, requires_grad=True)
+        (x**2 / 4).sum().backward()
+        obs, _, *rest = super().step(action)
+        return obs, x.grad.item(), *rest
+
+
+class Shapeless(Constant):
+    """Its observation is a row, which its space is not."""
+
+    def _obs(self):
+        return super()._obs()[None]
+
+
+class Native(Reusing):
+    """What it returns has other types or shapes than gymnasium's own, or a reward where it only resets."""
+
+    HOW = {
+        "as usual": lambda x, over: x,
+        "int64": lambda x, over: [x[0], x[1].astype(int), *(flags.astype(int) for flags in x[2:4]), {}],
+        "uint8": lambda x, over: [*x[:2], *(flags.astype(np.uint8) for flags in x[2:4]), {}],
+        "torch": lambda x, over: [*(torch.as_tensor(each) for each in x[:4]), {}],
+        "paid at a reset": lambda x, over: [x[0], x[1] + 1000 * over, *x[2:]],
+        "rewards": lambda x, over: [x[0], x[1][:, None], *x[2:]],
+        "flags": lambda x, over: [*x[:2], x[2][:, None], *x[3:]],
+        "observations": lambda x, over: [x[0][None], *x[1:]],
+    }
+
+    def __init__(self, num_envs=1, how="as usual"):
+        super().__init__(num_envs)
+        self.how = how
+
+    def step(self, actions):
+        over = self.terminated | self.truncated
+        return tuple(self.HOW[self.how](list(super().step(actions)), over))
+
+
 for name, cls in list(globals().items()):
     if isinstance(cls, type) and issubclass(cls, gym.Env):
         gym.register(f"{name}-v0", cls)
 for name, cls in UNUSUAL.items():
     gym.register(f"{name}-v0", cls)
+gym.register("Native-v0", vector_entry_point=Native)
+gym.register("DifferentiatingBox-v0", type("DifferentiatingBox", (Differentiating,), {"action_space": VECTOR}))
+gym.register("NumEnvs-v0", Constant, kwargs={"num_envs": 3})
+gym.register("NormObs-v0", lambda: gym.wrappers.NormalizeObservation(Constant()))
+gym.register("NormReward-v0", lambda: gym.wrappers.TimeLimit(gym.wrappers.NormalizeReward(Constant()), 5))
 for name, box in (("Reusing", False), ("ReusingBox", True)):
     gym.register(f"{name}-v0", vector_entry_point=Reusing, kwargs={"box": box})
 gym.register("Terminating-v0", Constant, kwargs={"terminates": True})
