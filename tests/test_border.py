@@ -55,7 +55,7 @@ def test_a_native_environment_of_other_types_is_learned_from_as_usual(workdir, s
         short_run(script, env_id="toy_envs:Native-v0", env_kwargs={"how": each}, run_dir=each)
     assert metrics(how) == metrics("as usual")
     returns = {value for _, tag, value in metrics(how) if tag == "charts/episodic_return"}
-    assert returns == {"6.0", "10.0"}  # 1 + 2 + 3, and + 4
+    assert returns == ({"6.0", "10.0"} if script is a2c_sync else {"6.0"})  # 1 + 2 + 3, and + 4 of the second
 
 
 @pytest.mark.parametrize("how", ["rewards", "flags", "observations"])
@@ -82,6 +82,7 @@ def test_what_gymnasium_would_take_for_something_else_is_refused(workdir, name, 
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.filterwarnings("ignore")  # gymnasium's own
 def test_an_environment_that_exits_does_not_end_training_as_if_all_were_well(workdir, monkeypatch, vectorization):
     flags = "--env-id toy_envs:Window-v0 --num-envs 2 --num-steps 5 --checkpoint-every 50 --run-dir run".split()
     with pytest.raises(SystemExit) as end:

@@ -212,7 +212,10 @@ def test_a_second_train_in_another_thread_is_refused(workdir):
     assert same(checkpoint("after")["parts"], checkpoint("alone")["parts"])
 
 
-@pytest.mark.parametrize("backend", [torch.backends, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul], ids=str)
+BACKENDS = {"all": torch.backends, "mkldnn": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 @pytest.mark.filterwarnings("ignore")  # torch's, of the older names
 def test_a_caller_may_set_precision_by_its_newer_names(workdir, backend):
     """After which torch raises where the older name is asked for."""
