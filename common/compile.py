@@ -100,7 +100,8 @@ def compiled(update, device: torch.device):
         options["loop_ordering_after_fusion"] = False  # fails on torch._foreach functions (torch 2.11)
     # With a code object of its own: what one compiled run has learned of shapes and flags, no other has to check
     update = FunctionType(update.__code__.replace(), update.__globals__, update.__name__)
-    graph = torch.compile(update, fullgraph=True, options=options)
+    # Shapes are fixed, whatever an earlier run of the process had: torch would take those for sizes that change
+    graph = torch.compile(update, fullgraph=True, dynamic=False, options=options)
     graph = Replay(graph) if device.type == "cuda" else graph
     optimizers = []  # the state is there when the first update comes, not before a run is resumed
 

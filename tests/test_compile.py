@@ -41,8 +41,7 @@ def backend(request, monkeypatch):
     """The graph as Dynamo finds it, which takes a second; and what inductor makes of it, which takes fifteen."""
     compile = torch.compile
     if request.param == "traced":
-        trace = lambda update, fullgraph, options: compile(update, fullgraph=fullgraph, backend="eager")  # noqa: E731
-        monkeypatch.setattr(torch, "compile", trace)
+        monkeypatch.setattr(torch, "compile", lambda update, options, **how: compile(update, backend="eager", **how))
 
 
 def random_batch(agent, B=32):
@@ -110,6 +109,23 @@ def test_a_compiled_update_is_one_graph_and_the_eager_one_to_rounding(backend, c
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     assert len({metrics["actor_loss"].item() for metrics in found}) == 40  # every call draws its own noise
+
+
+def test_a_second_compiled_run_of_a_process_is_that_of_a_process_of_its_own(monkeypatch):
+    """Torch takes a size that differs from an earlier run's for one that varies, and makes other kernels."""
+
+    def look(graph, inputs):
+        sizes.append([x for x in inputs if not isinstance(x, torch.Tensor)])
+        return graph
+
+    torch._dynamo.reset()
+    sizes, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda update, options, **how: compile(update, backend=look, **how))
+    for batch_size in (32, 16, 32):
+        agent = sac.ActorCritic(3, 2, 2, 1.0)
+        update, args = compiled(sac.update, torch.device("cpu")), sac.Args()
+        update(agent, sac.make_optimizer(agent, args), random_batch(agent, batch_size), args)
+    assert sizes == [[], [], []]
 
 
 ADAM, RMSPROP = partial(torch.optim.Adam, fused=True, betas=(0.8, 0.95)), partial(RMSpropA3C, alpha=0.9)
