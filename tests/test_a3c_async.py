@@ -593,8 +593,8 @@ def test_killed_workers_cost_nothing_but_their_rollouts(workdir, capsys, update)
 @pytest.mark.slow
 @BOTH
 def test_cartpole_is_solved_while_fifty_workers_are_killed(workdir, update):
-    killer, total = Killer(50, (0.5, 1.5)), 1_500_000  # longer than fifty kills take
+    killer, total = Killer(50, (0.5, 1.5)), 5_000_000  # longer than fifty kills take
     end = train(Args(run_dir="run", update=update, total_timesteps=total))
     assert killer.killed == 50 and end["workers_replaced"] >= 45
-    assert total <= end["env_steps"] < total + 16 * 8 and sum(end["lag_histogram"].values()) == end["env_steps"]
+    assert total <= end["env_steps"] < total + 32 * 8 and sum(end["lag_histogram"].values()) == end["env_steps"]
     assert end["eval_return_mean"] >= 475
