@@ -14,7 +14,7 @@ critic, actor (D4); with two separate networks (D1) or two heads on a shared tru
 γ --gamma, λ --gae-lambda (1: n-step returns), β --ent-coef, c --value-coef. (1)-(3): arXiv 1506.02438 eq. 11-16.
 
     python a2c_sync.py                                          CartPole-v1: greedy return 500 in half a minute
-    python a2c_sync.py --env-id Acrobot-v1 --total-timesteps 200000       greedy return -84
+    python a2c_sync.py --env-id Acrobot-v1 --total-timesteps 200000       greedy return -83
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and
 the mask `valid` keeps it out of what is learned and counted. All other steps show the true successor of a state.

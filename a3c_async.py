@@ -19,7 +19,7 @@ bounded by --max-lag. There is no Adam, --normalize-obs or --compile. The equati
 
 γ --gamma, λ --gae-lambda (1: n-step returns), β --ent-coef, c --value-coef. (1)-(3): arXiv 1506.02438 eq. 11-16.
 
-    python a3c_async.py                                         CartPole-v1: greedy return 500 in a minute
+    python a3c_async.py                                         CartPole-v1: greedy return 500 in half a minute
     python a3c_async.py --env-id Acrobot-v1 --total-timesteps 200000      greedy return -82
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and
