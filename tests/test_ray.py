@@ -208,7 +208,9 @@ def test_a_local_instance_ends_with_the_learner(workdir, needs_ray, monkeypatch,
         status, out, err = finish(process)
         if how != signal.SIGKILL:
             assert status == 128 + how and out == "", out + err
-            stopped, command = [line for line in err.split("\n") if line and "steps/s" not in line]  # nothing of Ray's
+            lines = [line for line in err.split("\n") if line.strip() and "steps/s" not in line]
+            first, stopped, command = lines  # nothing of Ray's
+            assert first.endswith("run folder run"), err
             assert "Stopped" in stopped and "--resume run" in command and checkpoint("run")["env_steps"] > 0, err
         # When Ray's server has been killed with the learner, two agents of Ray's look for it for a minute more
         may = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent") if how == signal.SIGKILL else ()
