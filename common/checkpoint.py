@@ -111,14 +111,16 @@ def kept(name: str):
         return torch.get_default_dtype(), torch.is_grad_enabled(), np.geterr(), noise
 
     dtype, grad, errors, noise = before = state()
-    yield
-    if state() != before:
-        warn(f"{name} changes torch's generator, its defaults, or NumPy's for the whole process; they are put back.")
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(grad)
-        np.seterr(**errors)
-        torch.set_rng_state(torch.frombuffer(bytearray(noise), dtype=torch.uint8))
-        torch.manual_seed(torch.randint(2**62, ()).item())  # its own noise does not repeat either
+    try:
+        yield
+    finally:
+        if state() != before:
+            warn(f"{name} uses torch's generator, or changes its defaults or NumPy's; they are put back.")
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(grad)
+            np.seterr(**errors)
+            torch.set_rng_state(torch.frombuffer(bytearray(noise), dtype=torch.uint8))
+            torch.manual_seed(torch.randint(2**62, ()).item())  # its own noise does not repeat either
 
 
 @cache

@@ -32,7 +32,10 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
     """
     # Numbers below 1e-38 become 0: Adam's moments of dead units end there, and make its step several times as slow
     torch.set_flush_denormal(True)
-    spec = find_spec(args.env_id)
+    noise = torch.get_rng_state()
+    with kept(args.env_id):
+        spec = find_spec(args.env_id)
+    torch.set_rng_state(noise)  # whether its module was imported just now or had been before
     atari = spec.vector_entry_point == "ale_py.vector_env:AtariVectorEnv"
     # A native vector environment draws all starts from one seed: evaluation takes single ones where there are any
     native = args.vectorization == "auto" and spec.vector_entry_point and not (evaluation and spec.entry_point)
@@ -70,7 +73,8 @@ class Plain(gym.Wrapper):
         self._name, self._space = env.spec.id, env.observation_space
         while env is not env.unwrapped:
             if isinstance(env, (gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward)):
-                warn(f"{self._name} has {type(env).__name__}, whose statistics evaluation lacks: use --normalize-obs.")
+                words = "whose statistics evaluation lacks; a2c_sync.py --normalize-obs keeps those of observations"
+                warn(f"{self._name} has {type(env).__name__}, {words}.")
             env = env.env
         if os.getpid() != main and hasattr(os, "setpgrp"):
             os.setpgrp()  # in a process of its own: Ctrl-C is for the main process, which then ends this one

@@ -90,7 +90,7 @@ class Workers(BaseWorkers):
     def start(self, *args):
         self._program = ray.put(cloudpickle.dumps((self._target, args)))
         # When one of its own processes here dies, Ray ends this program: another says so, unless it hears of a good end
-        words = f"error: the program or Ray has been killed. Go on from the last checkpoint with\n  {self.go_on}"
+        words = f"error: the program or Ray has been killed. Go on from the last checkpoint with\n  {self.go_on()}"
         command = ["sh", "-c", 'read end || echo "$0" >&2', words]
         self._watch = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         super().start(*args)

@@ -42,7 +42,7 @@ class Run:
     """One training run; `env_steps` and `updates` count what has been done. Nothing is written before open()."""
 
     launcher, find_folder = "python", staticmethod(checkpoint.find_folder)
-    _thread = None  # of the program, that trains: there is one set of random generators
+    _latest = None  # of this process, which has one set of random generators
 
     def __init__(self, args: RunArgs, script: str):
         vars(args).update({name: x.item() for name, x in vars(args).items() if isinstance(x, np.generic)})
@@ -55,15 +55,14 @@ class Run:
         self.args, self.script = args, Path(script)
         self._made_by = {"script": self.script.stem}
         self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-        self.env_steps = self.updates = self._new_steps = self._next_log = 0
+        self.env_steps = self.updates = self._new_steps = self._next_log = self._saved_steps = 0
         self._stop_signal, self._is_trained = None, False
         self.name, self._saved = self.find_folder(args, self.script.stem)
         self.dir = Path(self.name).absolute()  # an environment may change the working directory
-        if Run._thread not in (None, threading.current_thread()) and Run._thread.is_alive():
-            raise UserError("Another thread of this program trains, and would draw from the same random generators.")
-        Run._thread = threading.current_thread()
+        if Run._latest is not None and Run._latest.is_under_way():
+            raise UserError("Another run of this process is under way, and would draw from the same random generators.")
+        Run._latest, self._thread, self._caller = self, threading.get_ident(), sys._getframe(1)
         self._at_exit = ExitStack()  # of what the process has in common with the program that called train()
-        self._at_exit.callback(setattr, Run, "_thread", None)
         self._at_exit.callback(checkpoint.restore_random, checkpoint.random_state())
         self._at_exit.callback(torch.set_num_threads, torch.get_num_threads())
         for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
@@ -74,13 +73,21 @@ class Run:
         checkpoint.set_precision(args.matmul_precision, self.device.type)
         checkpoint.seed_generators(args.seed)
 
+    def is_under_way(self) -> bool:
+        """Whether its train() has not come to an end, be it in another thread."""
+        frame = self._caller and sys._current_frames().get(self._thread)
+        while frame not in (None, self._caller):
+            frame = frame.f_back
+        return frame is not None
+
     @contextmanager
     def open(self, **parts):
         """Makes or resumes the run folder; `parts`, which have (load_)state_dict(), are saved in every checkpoint. At
         the end all is closed, and generators, threads and signals are the caller's again."""
         self._parts, args, saved = parts, self.args, self._saved
-        parts["envs"].go_on = self._command()  # Ray may end the program without a word
+        parts["envs"].go_on = self._command  # Ray may end the program without a word
         with self._at_exit as stack:  # whatever happens, closes what has been opened
+            stack.callback(setattr, self, "_caller", None)
             stack.callback(parts["envs"].close)
             if saved is not None:
                 self._restore(saved)
@@ -101,8 +108,8 @@ class Run:
             except (UserError, OSError) as error:
                 if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE):
                     raise
-                where = f"Go on from environment step {self._saved_steps:,} with\n  {self._command()}"
-                raise UserError(f"{error}\n{where}") from None
+                where = f"\nGo on from environment step {self._saved_steps:,} with\n  {self._command()}"
+                raise UserError(f"{error}{where if (self.dir / 'checkpoint.pt').exists() else ''}") from None
 
     def _open_folder(self, stack: ExitStack, log: dict | None):
         args = self.args

@@ -88,7 +88,7 @@ class BaseWorkers:
     """
 
     state_dict, load_state_dict = dict, staticmethod(lambda state: None)  # nothing of them is saved
-    go_on = ""  # the command for it, which Run puts here
+    go_on = str  # gives the command for it; Run puts it here
 
     def __init__(self, target, num: int, args, module: torch.nn.Module | None = None, arrays=()):
         """`args`: flags; `module`: whose parameters workers get; `arrays`: like those that they hand over."""

@@ -1,5 +1,7 @@
 """What crosses the border of an environment: it is made plain there, or refused in a sentence that names it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from helpers import SCRIPTS, command_line, metrics, short_run
 
 import a2c_sync
 import off_policy_ac
-from common.checkpoint import load_checkpoint, warn
+from common.checkpoint import kept, load_checkpoint, warn
 from common.envs import make_envs
 from common.flags import UserError
 
@@ -45,7 +47,26 @@ def test_what_an_environment_changes_for_the_whole_process_is_put_back(capsys, w
         assert first[0] != first[1]
     finally:
         torch.set_default_dtype(before[0]), torch.set_grad_enabled(before[1]), np.seterr(**before[2])
-    assert capsys.readouterr().err.count("warning: toy_envs:Meddling-v0 changes") == 1
+    assert capsys.readouterr().err.count("warning: toy_envs:Meddling-v0 uses torch's generator, or changes") == 1
+
+
+def test_a_module_that_is_imported_for_its_environment_changes_nothing(workdir, monkeypatch):
+    """Nor does a constructor that fails afterwards."""
+    before, code = process_state(), "import gymnasium as gym, numpy as np, torch\ntorch.manual_seed(0)\n"
+    code += "torch.set_default_dtype(torch.float64), np.seterr(all='raise')\n"
+    Path("meddling.py").write_text(code + "gym.register('Pole-v0', 'gymnasium.envs.classic_control:CartPoleEnv')")
+    monkeypatch.syspath_prepend(workdir)
+    drawn = []
+    for _ in range(2):  # with the import, and without it
+        torch.manual_seed(1)
+        make_envs(a2c_sync.Args(env_id="meddling:Pole-v0")).close()
+        drawn.append(torch.rand(1).item())
+        assert process_state() == before
+    torch.manual_seed(1)
+    assert drawn == [torch.rand(1).item()] * 2
+    with pytest.raises(ZeroDivisionError), kept("it"):
+        torch.set_default_dtype(torch.float64) or 1 / 0
+    assert process_state() == before
 
 
 @pytest.mark.parametrize("script", [a2c_sync, off_policy_ac], ids=["a2c_sync", "off_policy_ac"])
@@ -103,6 +124,6 @@ def test_an_environment_may_take_gradients(workdir, name):
 def test_statistics_in_a_wrapper_are_warned_of_once(workdir, capsys, wrapper):
     short_run(env_id=f"toy_envs:{wrapper}-v0")
     err = capsys.readouterr().err
-    assert err.count("whose statistics evaluation lacks: use --normalize-obs") == err.count(f"{wrapper}-v0 has") == 1
+    assert err.count(f"{wrapper}-v0 has Normalize") == err.count("evaluation lacks; a2c_sync.py --normalize-obs") == 1
     short_run(env_id="toy_envs:Constant-v0", run_dir="other")
     assert "warning" not in capsys.readouterr().err

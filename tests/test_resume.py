@@ -451,3 +451,12 @@ def test_a_foreign_run_folder_imports_nothing_from_itself(workdir, trained, comm
     words = ["theirs"] if command == "evaluate.py" else ["--resume", "theirs", "--total-timesteps", "200"]
     status, _, err = finish(start(ROOT / command, *words, cwd=workdir))
     assert status != 0 and "no package 'evil'" in err and not Path("executed").exists() and "Traceback" not in err
+
+
+def test_a_disk_that_is_full_at_the_first_checkpoint_has_nothing_to_go_on_with(workdir, monkeypatch):
+    def full(*_):
+        raise RuntimeError("torch's own")
+
+    monkeypatch.setattr(checkpoint_module.torch, "save", full)
+    with pytest.raises(UserError, match=r"^\[Errno 28\] The checkpoint cannot be written, the disk may be full$"):
+        short_run()

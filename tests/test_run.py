@@ -205,8 +205,10 @@ def test_a_second_train_in_another_thread_is_refused(workdir):
         update = a2c_sync.update
         patch.setattr(a2c_sync, "update", lambda *args: started.set() or thread.join() or update(*args))
         short_run(run_dir="first")
-    assert refused == ["Another thread of this program trains, and would draw from the same random generators."]
+    assert refused == ["Another run of this process is under way, and would draw from the same random generators."]
     assert same(checkpoint("first")["parts"], checkpoint("alone")["parts"]) and not Path("second").exists()
+    with pytest.raises(UserError):  # ends before its run is open, and blocks no other thread
+        short_run(run_dir="wrong", env_id="toy_envs:DictObs-v0")
     thread = threading.Thread(target=short_run, kwargs={"run_dir": "after"})
     thread.start(), thread.join()
     assert same(checkpoint("after")["parts"], checkpoint("alone")["parts"])
