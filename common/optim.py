@@ -6,7 +6,7 @@ import torch
 class RMSpropA3C(torch.optim.Optimizer):
     """g ← αg + (1 − α)Δ², U = Δ/√(g + ε), θ ← θ − ηU / max(1, RMS(U)), with RMS(U) that of each tensor.
 
-    Arxiv 1602.01783 section 4 and eq. 8-9, with the update clipping of arXiv 1804.04235 section 6: after a long calm g
+    arXiv 1602.01783 section 4 and eq. 8-9, with the update clipping of arXiv 1804.04235 section 6: after a long calm g
     is tiny, and one surprise would take a step of up to η/√(1 − α) = 10 η, in all weights at once; the policy that had
     solved its task is gone (docs/a2c_sync.md). g starts at 1, as TensorFlow's did. In torch.optim.RMSprop it starts at
     0 and ε is outside the root. Where gradients are far below √ε this is plain SGD with a rate of η/√ε.

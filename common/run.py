@@ -38,11 +38,19 @@ def run_cli(train, Args):
         sys.exit(130)
 
 
+def is_under_way(thread: int, call) -> bool:
+    """Whether a call, given as its frame, has not come to an end in its thread."""
+    frame = sys._current_frames().get(thread)
+    while frame not in (None, call):
+        frame = frame.f_back
+    return frame is not None
+
+
 class Run:
     """One training run; `env_steps` and `updates` count what has been done. Nothing is written before open()."""
 
     launcher, find_folder = "python", staticmethod(checkpoint.find_folder)
-    _latest = None  # of this process, which has one set of random generators
+    _trains = None  # thread and frame of the last train(): a process has one set of random generators
 
     def __init__(self, args: RunArgs, script: str):
         vars(args).update({name: x.item() for name, x in vars(args).items() if isinstance(x, np.generic)})
@@ -59,9 +67,9 @@ class Run:
         self._stop_signal, self._is_trained = None, False
         self.name, self._saved = self.find_folder(args, self.script.stem)
         self.dir = Path(self.name).absolute()  # an environment may change the working directory
-        if Run._latest is not None and Run._latest.is_under_way():
+        if Run._trains is not None and is_under_way(*Run._trains):
             raise UserError("Another run of this process is under way, and would draw from the same random generators.")
-        Run._latest, self._thread, self._caller = self, threading.get_ident(), sys._getframe(1)
+        Run._trains = threading.get_ident(), sys._getframe(1)
         self._at_exit = ExitStack()  # of what the process has in common with the program that called train()
         self._at_exit.callback(checkpoint.restore_random, checkpoint.random_state())
         self._at_exit.callback(torch.set_num_threads, torch.get_num_threads())
@@ -73,13 +81,6 @@ class Run:
         checkpoint.set_precision(args.matmul_precision, self.device.type)
         checkpoint.seed_generators(args.seed)
 
-    def is_under_way(self) -> bool:
-        """Whether its train() has not come to an end, be it in another thread."""
-        frame = self._caller and sys._current_frames().get(self._thread)
-        while frame not in (None, self._caller):
-            frame = frame.f_back
-        return frame is not None
-
     @contextmanager
     def open(self, **parts):
         """Makes or resumes the run folder; `parts`, which have (load_)state_dict(), are saved in every checkpoint. At
@@ -87,7 +88,7 @@ class Run:
         self._parts, args, saved = parts, self.args, self._saved
         parts["envs"].go_on = self._command  # Ray may end the program without a word
         with self._at_exit as stack:  # whatever happens, closes what has been opened
-            stack.callback(setattr, self, "_caller", None)
+            stack.callback(setattr, Run, "_trains", None)
             stack.callback(parts["envs"].close)
             if saved is not None:
                 self._restore(saved)
