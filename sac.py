@@ -93,7 +93,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, num_inputs):
         hidden = orthogonal(nn.Linear(num_inputs, self.num_features))
-        super().__init__(hidden, nn.ReLU(), orthogonal(nn.Linear(self.num_features, self.num_features)), nn.ReLU())
+        super().__init__(hidden, nn.ReLU(inplace=True), orthogonal(nn.Linear(self.num_features, self.num_features)), nn.ReLU(inplace=True))
 
 
 class SquashedGaussian:
@@ -139,7 +139,7 @@ class BatchedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num, 1, num_outputs))
 
     def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)
+        return torch.bmm(x, self.weight).add_(self.bias)
 
 
 class Critic(nn.Module):
@@ -164,7 +164,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.actor = Actor(MLP(num_obs), MLP.num_features, num_actions)
         hidden, last = BatchedLinear(num_critics, num_obs + num_actions, 256), BatchedLinear(num_critics, 256, 256)
-        critic_body = nn.Sequential(hidden, nn.ReLU(), last, nn.ReLU())
+        critic_body = nn.Sequential(hidden, nn.ReLU(inplace=True), last, nn.ReLU(inplace=True))
         self.critic = Critic(critic_body, MLP.num_features, num_critics)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(float(alpha)).log())
