@@ -1,10 +1,12 @@
 """make_envs: the only place that builds environments."""
 
+import ctypes
 import math
 import os
 import re
 import sys
 import warnings
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import gymnasium as gym
@@ -32,6 +34,8 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
     """
     # Numbers below 1e-38 become 0: Adam's moments of dead units end there, and make its step several times as slow
     torch.set_flush_denormal(True)
+    with suppress(AttributeError, TypeError):  # where there is glibc: keep what is freed, or pixels take 8 % longer
+        ctypes.CDLL(None).mallopt(-3, 2**25), ctypes.CDLL(None).mallopt(-1, 2**28)  # blocks up to 32 MB, 256 MB of them
     noise = torch.get_rng_state()
     with kept(args.env_id):
         spec = find_spec(args.env_id)
@@ -132,7 +136,7 @@ class Envs(VectorWrapper):
         """`seed`: one for all, or a list with one for each environment."""
         if isinstance(seed, list) and not isinstance(self.unwrapped, (SyncVectorEnv, AsyncVectorEnv)):
             seed = np.array(seed) if self._atari else seed[0]
-        self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        self._returns, self._lengths, self._some_reset = np.zeros(self.num_envs), np.zeros(self.num_envs, int), False
         with kept(self._name):
             obs = self._array("observations", self.env.reset(seed=seed)[0], *self.obs_spec)
         check_finite("observation", obs)
@@ -154,7 +158,7 @@ class Envs(VectorWrapper):
         elif self._start or self._action_dtype != actions.dtype:
             actions = (actions + self._start).astype(self._action_dtype)
         try:
-            with kept(self._name):
+            with kept(self._name) if self._some_reset else nullcontext():  # 10 % of a step of CartPole
                 obs, rewards, terminated, truncated, _ = self.env.step(actions)
         except (EOFError, ConnectionError):  # of a pipe to a process of an environment
             raise UserError("A process of an environment has died (out of memory?).") from None
@@ -168,6 +172,7 @@ class Envs(VectorWrapper):
         for i in np.flatnonzero(terminated | truncated).tolist():
             episodes.append((i, float(self._returns[i]), int(self._lengths[i])))
             self._returns[i], self._lengths[i] = 0, -1  # the next step only resets
+        self._some_reset = bool(episodes)
         if self._clip_rewards:
             rewards = rewards.clip(-1, 1)
         return obs, rewards * self._reward_scale, terminated, truncated, episodes
