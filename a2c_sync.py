@@ -111,9 +111,9 @@ class Categorical:
         self.log_probs = logits.log_softmax(-1)
 
     def sample(self, *num):
-        # The Gumbel-max trick: the largest of log p + Gumbel noise is action a with probability p(a)
-        gumbel = -self.log_probs.new_empty(*num, *self.log_probs.shape).exponential_().log()
-        return (self.log_probs + gumbel).argmax(-1)
+        # The Gumbel-max trick: the largest of log p + Gumbel noise, here −log ε, is action a with probability p(a)
+        noise = self.log_probs.new_empty(*num, *self.log_probs.shape).exponential_()  # ε
+        return (self.log_probs - noise.log()).argmax(-1)
 
     def mode(self):
         return self.log_probs.argmax(-1)

@@ -94,8 +94,8 @@ class MLP(nn.Sequential):
     num_features = 256
 
     def __init__(self, num_inputs):
-        hidden = orthogonal(nn.Linear(num_inputs, self.num_features))
-        super().__init__(hidden, nn.ReLU(), orthogonal(nn.Linear(self.num_features, self.num_features)), nn.ReLU())
+        hidden, relu = orthogonal(nn.Linear(num_inputs, self.num_features)), nn.ReLU(inplace=True)  # takes less memory
+        super().__init__(hidden, relu, orthogonal(nn.Linear(self.num_features, self.num_features)), relu)
 
 
 class Categorical:
@@ -105,9 +105,9 @@ class Categorical:
         self.log_probs = logits.log_softmax(-1)
 
     def sample(self, *num):
-        # The Gumbel-max trick: the largest of log p + Gumbel noise is action a with probability p(a)
-        gumbel = -self.log_probs.new_empty(*num, *self.log_probs.shape).exponential_().log()
-        return (self.log_probs + gumbel).argmax(-1)
+        # The Gumbel-max trick: the largest of log p + Gumbel noise, here −log ε, is action a with probability p(a)
+        noise = self.log_probs.new_empty(*num, *self.log_probs.shape).exponential_()  # ε
+        return (self.log_probs - noise.log()).argmax(-1)
 
     def mode(self):
         return self.log_probs.argmax(-1)

@@ -92,8 +92,8 @@ class MLP(nn.Sequential):
     num_features = 256
 
     def __init__(self, num_inputs):
-        hidden = orthogonal(nn.Linear(num_inputs, self.num_features))
-        super().__init__(hidden, nn.ReLU(inplace=True), orthogonal(nn.Linear(self.num_features, self.num_features)), nn.ReLU(inplace=True))
+        hidden, relu = orthogonal(nn.Linear(num_inputs, self.num_features)), nn.ReLU(inplace=True)  # takes less memory
+        super().__init__(hidden, relu, orthogonal(nn.Linear(self.num_features, self.num_features)), relu)
 
 
 class SquashedGaussian:

@@ -302,7 +302,7 @@ class Frames(Constant):
 
 
 class Meddling(Constant):
-    """Changes something for the whole process in its constructor, in reset() or in step()."""
+    """Changes something for the whole process in its constructor or in reset()."""
 
     WHAT = {
         "dtype": lambda: torch.set_default_dtype(torch.float64),
@@ -323,10 +323,6 @@ class Meddling(Constant):
     def reset(self, **kwargs):
         self._meddle("reset")
         return super().reset(**kwargs)
-
-    def step(self, action):
-        self._meddle("step")
-        return super().step(action)
 
 
 class Window(Constant):
