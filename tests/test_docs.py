@@ -1,6 +1,5 @@
 """README and docs hold what they say: commands parse, loops and environments run, links and tests exist."""
 
-import ast
 import importlib.util
 import json
 import re
@@ -89,11 +88,6 @@ def test_command(page, command, monkeypatch):
             module.check_flags(args)
     else:
         assert words[0] in ("tensorboard", "pytest")
-
-
-def test_the_passages_that_speed_replaces_are_in_the_script(tmp_path):
-    speed = load(ROOT / "experiments" / "speed.py")
-    ast.parse(speed.variant(tmp_path, "off_policy_ac", "edited", speed.PLAIN).read_text())
 
 
 @pytest.mark.parametrize("number, script", [(1, "a2c_sync"), (2, "sac")])
