@@ -159,11 +159,11 @@ def step(rounds: int):
         print(f"| {part} | {' | '.join(f'{times[part]:.2f}' for times in found)} |", flush=True)
 
 
-def busy(rounds: int):
+def busy(_rounds: int):
+    """Each row once, since differences are large."""
     loop, settings = [sys.executable, "-c", "while True: pass"], ((1, {}), (2, {}), (2, {"GOMP_SPINCOUNT": "1000"}))
-    print(
-        f"\nsac.py, HalfCheetah-v5, steps/s, {CORES} cores; {rounds} rounds\n\n| busy processes beside it | 0 | 1 | 2 |"
-    )
+    print(f"\nsac.py, HalfCheetah-v5, {CORES} cores, steps/s; one round\n")
+    print("| busy processes beside it | 0 | 1 | 2 |")
     print("|---|---|---|---|")
     for compiled in (False, True):
         for num_threads, environment in settings:
@@ -173,11 +173,10 @@ def busy(rounds: int):
                 processes = [subprocess.Popen(loop) for _ in range(others)]
                 spec = {"compiled": compiled, "num_threads": num_threads, "steps": 200}
                 try:
-                    times = [worker("sac_step", environment, **spec)["a step"] for _ in range(rounds)]
+                    cells.append(f"{1e3 / worker('sac_step', environment, **spec)['a step']:,.0f}")
                 finally:
                     for process in processes:
                         process.kill()
-                cells.append(f"{1e3 / median(times):,.0f}")
             print(f"| {' | '.join(cells)} |", flush=True)
 
 
