@@ -104,7 +104,7 @@ def restore_random(state: dict):
 
 @contextmanager
 def kept(name: str):
-    """What an environment changes for the whole process is put back: if it seeds torch, the agent's noise repeats."""
+    """What an import or a reset changes for the process is put back: if it seeds torch, the agent's noise repeats."""
 
     def state():
         noise = torch.get_rng_state().numpy().tobytes()

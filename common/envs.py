@@ -35,7 +35,10 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
     # Numbers below 1e-38 become 0: Adam's moments of dead units end there, and make its step several times as slow
     torch.set_flush_denormal(True)
     with suppress(AttributeError, TypeError):  # where there is glibc: keep what is freed, or pixels take 8 % longer
-        ctypes.CDLL(None).mallopt(-3, 2**25), ctypes.CDLL(None).mallopt(-1, 2**28)  # blocks up to 32 MB, 256 MB of them
+        (
+            ctypes.CDLL(None).mallopt(-3, 2**25),
+            ctypes.CDLL(None).mallopt(-1, 2**28),
+        )  # blocks to 32 MB, heaps' ends to 256
     noise = torch.get_rng_state()
     with kept(args.env_id):
         spec = find_spec(args.env_id)
@@ -136,7 +139,7 @@ class Envs(VectorWrapper):
         """`seed`: one for all, or a list with one for each environment."""
         if isinstance(seed, list) and not isinstance(self.unwrapped, (SyncVectorEnv, AsyncVectorEnv)):
             seed = np.array(seed) if self._atari else seed[0]
-        self._returns, self._lengths, self._some_reset = np.zeros(self.num_envs), np.zeros(self.num_envs, int), False
+        self._returns, self._lengths, self._some_reset = np.zeros(self.num_envs), np.zeros(self.num_envs, int), True
         with kept(self._name):
             obs = self._array("observations", self.env.reset(seed=seed)[0], *self.obs_spec)
         check_finite("observation", obs)
@@ -158,7 +161,7 @@ class Envs(VectorWrapper):
         elif self._start or self._action_dtype != actions.dtype:
             actions = (actions + self._start).astype(self._action_dtype)
         try:
-            with kept(self._name) if self._some_reset else nullcontext():  # 10 % of a step of CartPole
+            with kept(self._name) if self._some_reset else nullcontext():  # a tenth of a step of CartPole
                 obs, rewards, terminated, truncated, _ = self.env.step(actions)
         except (EOFError, ConnectionError):  # of a pipe to a process of an environment
             raise UserError("A process of an environment has died (out of memory?).") from None

@@ -46,17 +46,23 @@ class Options:
 def call(*words, **environment) -> str:
     """Standard output of a Python command in the repository's root; ends the comparison if it fails."""
     environment = os.environ | environment | {"PYTHONPATH": str(ROOT)}
+    if "cuda" not in words:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, cwd=ROOT)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, words))} failed:\n{done.stderr[-2000:]}")
     return done.stdout
 
 
-def ours(script: str, flags: str, total_timesteps: int, after: int) -> float:
-    """Steps per second of a run from `after` steps on, when it is warm."""
+def ours(script: str, flags: str, total_timesteps: int, after: int, log_every: int | None = None) -> float:
+    """Steps per second of a run from `after` steps on, when it is warm.
+
+    log_every: environment steps between logs; a short run has more of them than a long one.
+    """
+    code = f"import runpy, common.run; common.run.LOG_EVERY = {log_every}; runpy.run_path('{script}', None, '__main__')"
     with tempfile.TemporaryDirectory() as folder:
         run_dir, flags = Path(folder) / "run", f"--total-timesteps {total_timesteps} --eval-episodes 1 {flags}"
-        call(script, "--run-dir", run_dir, *flags.split())
+        call(*([script] if log_every is None else ["-c", code]), "--run-dir", run_dir, *flags.split())
         with open(run_dir / "metrics.csv") as file:
             rows = [(int(r["env_steps"]), float(r["seconds"])) for r in csv.DictReader(file)]
     steps, seconds = next(row for row in rows if row[0] >= after)
@@ -127,7 +133,7 @@ def pixels(rounds: int, devices=("", "--num-threads 2"), total=12_000):
     for more in (each + compiled for each in devices for compiled in ("", " --compile")):
         flags = f"{PONG} --optimizer adam --num-envs 8 --num-steps 16 --max-grad-norm 0.5 {more}"
         name = f"`a2c_sync.py {more.strip()}`".replace(" `", "`")
-        rows[name] = lambda flags=flags: ours("a2c_sync.py", flags, total, total // 3)
+        rows[name] = lambda flags=flags: ours("a2c_sync.py", flags, total, total // 3, total // 3)
     compare("A2C, Pong from pixels, 8 environments x 16 steps", rows, rounds)
 
 
@@ -150,7 +156,8 @@ def step(rounds: int):
     found = []
     for compiled in (False, True):
         for num_threads in (1, CORES):
-            each = [worker("sac_step", compiled=compiled, num_threads=num_threads) for _ in range(rounds)]
+            spec = {"compiled": compiled, "num_threads": num_threads}
+            each = [worker("sac_step", **spec) | worker("sac_step", **spec, profiled=True) for _ in range(rounds)]
             found.append({part: median(times[part] for times in each) for part in each[0]})
     columns = [f"{name}, {n} thread{'s' * (n > 1)}" for name in ("eager", "`--compile`") for n in (1, CORES)]
     print(f"\nA step of sac.py, HalfCheetah-v5, milliseconds; {rounds} rounds\n\n| | {' | '.join(columns)} |")
@@ -187,7 +194,7 @@ def gpu(rounds: int):
         return print("\nno GPU here")
     flags, rows = "--env-id HalfCheetah-v5 --learning-starts 1000 --device cuda", {}
     for more in ("", " --compile"):
-        rows[f"`sac.py --device cuda{more}`"] = lambda more=more: ours("sac.py", flags + more, 12_000, 4_000)
+        rows[f"`sac.py{more}`"] = lambda more=more: ours("sac.py", flags + more, 12_000, 4_000)
     compare(f"SAC, HalfCheetah-v5, one update a step, {torch.cuda.get_device_name()}", rows, rounds)
     pixels(rounds, devices=["--device cuda"], total=40_000)
 
@@ -196,7 +203,7 @@ def gpu(rounds: int):
 
 
 def sb3_sac(library: str, num_threads: int | None = None) -> float:
-    """Steps per second of another library's SAC on HalfCheetah-v5, with its defaults, which are those of sac.py."""
+    """Steps per second of another library's SAC on HalfCheetah-v5, with its defaults, and layers as in sac.py."""
     import importlib
 
     import gymnasium as gym
@@ -234,7 +241,7 @@ def sb3_a2c(total_timesteps: int = 100_000) -> float:
     return model.num_timesteps / (time.perf_counter() - start)
 
 
-GROUPS = {  # names of torch's profiler that begin a group's share of the update, the first that fits
+GROUPS = {  # patterns of the profiler's names; the first that fits counts
     "products of matrices": r"(::|cpu_)b?(add)?b?mm",
     "random numbers": "randn|normal_|randint",
     "guards, and the call of the graph": "Dynamo|Torch-Compiled|Pregraph|AOTDispatcher|CompiledFxGraph",
@@ -244,8 +251,9 @@ GROUPS = {  # names of torch's profiler that begin a group's share of the update
 }
 
 
-def sac_step(compiled: bool, num_threads: int, steps: int = 1_000) -> dict:
-    """Milliseconds of the parts of a step of sac.py, each timed between the others as in a run, and of its update."""
+def sac_step(compiled: bool, num_threads: int, steps: int = 1_000, profiled: bool = False) -> dict:
+    """Milliseconds of the parts of a step of sac.py, each timed between the others as in a run; of its update, when
+    profiled: compiled kernels have names then, which costs time."""
     import numpy as np
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -253,7 +261,7 @@ def sac_step(compiled: bool, num_threads: int, steps: int = 1_000) -> dict:
     import sac
     from common.checkpoint import set_precision
 
-    torch._inductor.config.cpp.enable_kernel_profile = steps >= 1_000  # the kernels' names for the profiler
+    torch._inductor.config.cpp.enable_kernel_profile = profiled
     torch.set_num_threads(num_threads)
     set_precision("auto")
     args, device, clock = sac.Args(env_id="HalfCheetah-v5"), torch.device("cpu"), time.perf_counter
@@ -275,10 +283,6 @@ def sac_step(compiled: bool, num_threads: int, steps: int = 1_000) -> dict:
         marks.append(clock())
         update(agent, optimizer, batch, args)
         times[t] = np.diff([*marks, clock()])  # those before 0 are written over
-    mean = 1e3 * times.mean(0)
-    found = {"a step": mean.sum()} | dict(zip(("act", "environment", "store", "sample", "update"), mean))
-    if steps < 1_000:
-        return found
 
     def repeated(function, num: int) -> float:
         start = clock()
@@ -286,17 +290,20 @@ def sac_step(compiled: bool, num_threads: int, steps: int = 1_000) -> dict:
             function()
         return (clock() - start) * 1e3 / num
 
-    a, b = torch.randn(2, 2, 256, 256)
-    found["act in a loop"] = repeated(lambda: agent.act(torch.as_tensor(obs)).numpy(), 1_000)
-    found["the environment in a loop"] = repeated(lambda: envs.step(actions), 1_000)
-    found["the update in a loop"] = repeated(lambda: update(agent, optimizer, batch, args), 300)
-    found["its 16 products of 256 x 256 x 256, in a loop"] = 8 * repeated(lambda: torch.bmm(a, b), 800)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        repeated(lambda: update(agent, optimizer, batch, args), 200)
-    found |= {f"of the update: {group}": 0.0 for group in GROUPS}
-    for event in profiled.key_averages():
-        group = next(name for name, words in GROUPS.items() if re.search(words, event.key))
-        found[f"of the update: {group}"] += event.self_cpu_time_total / 1e3 / 200
+    if profiled:
+        with profile(activities=[ProfilerActivity.CPU]) as events:
+            repeated(lambda: update(agent, optimizer, batch, args), 200)
+        found = {f"of the update: {group}": 0.0 for group in GROUPS}
+        for event in events.key_averages():
+            group = next(name for name, pattern in GROUPS.items() if re.search(pattern, event.key))
+            found[f"of the update: {group}"] += event.self_cpu_time_total / 1e3 / 200
+        return found
+    mean, (a, b) = 1e3 * times.mean(0), torch.randn(2, 2, 256, 256)
+    found = {"a step": mean.sum()} | dict(zip(("act", "environment", "store", "sample", "update"), mean))
+    found["act, in a loop"] = repeated(lambda: agent.act(torch.as_tensor(obs)).numpy(), steps)
+    found["environment, in a loop"] = repeated(lambda: envs.step(actions), steps)
+    found["update, in a loop"] = repeated(lambda: update(agent, optimizer, batch, args), steps // 4)
+    found["its 16 products of 256 x 256 x 256, in a loop"] = 8 * repeated(lambda: torch.bmm(a, b), steps)
     return found
 
 

@@ -23,7 +23,7 @@ def process_state():
     return torch.get_default_dtype(), torch.is_grad_enabled(), np.geterr()
 
 
-@pytest.mark.parametrize("when", ["init", "reset"])
+@pytest.mark.parametrize("when", ["init", "reset", "first step"])
 @pytest.mark.parametrize("what", ["dtype", "grad", "errors", "noise"])
 def test_what_an_environment_changes_for_the_whole_process_is_put_back(capsys, what, when):
     """With one warning. The agent's noise neither repeats, nor is it the same for every seed."""

@@ -98,6 +98,7 @@ def compare(case, num, tolerance, device="cpu"):
         for name in wanted if device == "cpu" else ["critic_loss"]:  # a GPU's replay may draw other actions
             assert found[name].item() == pytest.approx(wanted[name].item(), rel=0.02, abs=0.01)
     assert_same_steps(before, agent.parameters(), eager.parameters(), tolerance)
+    assert all(state.get("step", num) == num for state in optimizers[1].state.values())
     assert not at_bound or (agent.actor.log_std == 1).all()
     return script, update, agent, optimizers[1], batches[0], args, pairs[1::2]
 

@@ -147,10 +147,12 @@ def test_of_workers_killed_or_stopped_at_random_moments_records_are_whole_and_no
 
 def test_a_worker_gets_the_parameters_and_the_version_that_were_newest_when_its_last_record_was_taken(begin):
     """Also those in another order of memory; and a record is a copy, which later ones do not change."""
-    wanted, kept, workers = {}, [], begin(toy_workers.fill, arrays=ARRAYS)
-    while len(kept) < 40 or len(wanted) < 2:  # one may begin much later
-        workers.set(version := len(kept) + 1)
-        kept.append(receive(workers))
+    wanted, kept, version, workers = {}, [], 0, begin(toy_workers.fill, arrays=ARRAYS)
+    end = time.monotonic() + 300
+    while version < 40 or len(wanted) < 2:  # one may begin much later
+        assert time.monotonic() < end
+        workers.set(version := version + 1)
+        kept = [*kept[-40:], receive(workers)]
         index = check(workers, kept[-1])[0]
         assert kept[-1]["whole"] and kept[-1]["version"] == wanted.get(index, kept[-1]["version"])
         wanted[index] = version

@@ -302,7 +302,7 @@ class Frames(Constant):
 
 
 class Meddling(Constant):
-    """Changes something for the whole process in its constructor or in reset()."""
+    """Changes something for the whole process in its constructor, in reset(), or in its first step."""
 
     WHAT = {
         "dtype": lambda: torch.set_default_dtype(torch.float64),
@@ -323,6 +323,11 @@ class Meddling(Constant):
     def reset(self, **kwargs):
         self._meddle("reset")
         return super().reset(**kwargs)
+
+    def step(self, action):
+        self._meddle("first step")
+        self.when = self.when.removeprefix("first ")
+        return super().step(action)
 
 
 class Window(Constant):
