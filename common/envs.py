@@ -35,10 +35,8 @@ def make_envs(args, num_envs=None, evaluation=False, render=False, images=True, 
     # Numbers below 1e-38 become 0: Adam's moments of dead units end there, and make its step several times as slow
     torch.set_flush_denormal(True)
     with suppress(AttributeError, TypeError):  # where there is glibc: keep what is freed, or pixels take 8 % longer
-        (
-            ctypes.CDLL(None).mallopt(-3, 2**25),
-            ctypes.CDLL(None).mallopt(-1, 2**28),
-        )  # blocks to 32 MB, heaps' ends to 256
+        for limit, size in ((-3, 2**25), (-1, 2**28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(limit, size)
     noise = torch.get_rng_state()
     with kept(args.env_id):
         spec = find_spec(args.env_id)
