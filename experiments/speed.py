@@ -100,9 +100,9 @@ def sac(rounds: int):
     rows = {"Stable-Baselines3, as it comes": lambda: worker("sb3_sac", library="stable_baselines3")}
     rows["Stable-Baselines3, one thread"] = lambda: worker("sb3_sac", library="stable_baselines3", num_threads=1)
     rows["SBX"] = lambda: worker("sb3_sac", library="sbx")
-    for more in ("", "--num-threads 2", "--compile", "--compile --num-threads 2"):
-        flags = f"--env-id HalfCheetah-v5 --learning-starts {starts} {more}"
-        rows[f"`sac.py {more}`".replace(" `", "`")] = lambda flags=flags: ours("sac.py", flags, total, after)
+    for more in ("", " --num-threads 2", " --compile", " --compile --num-threads 2"):
+        flags = f"--env-id HalfCheetah-v5 --learning-starts {starts}{more}"
+        rows[f"`sac.py{more}`"] = lambda flags=flags: ours("sac.py", flags, total, after)
     compare("SAC, HalfCheetah-v5, one update a step", rows, rounds)
 
 
@@ -128,12 +128,11 @@ def replay(rounds: int):
 PONG = "--env-id ALE/Pong-v5 --network shared"
 
 
-def pixels(rounds: int, devices=("", "--num-threads 2"), total=12_000):
+def pixels(rounds: int, devices=("", " --num-threads 2"), total=12_000):
     rows = {}
     for more in (each + compiled for each in devices for compiled in ("", " --compile")):
-        flags = f"{PONG} --optimizer adam --num-envs 8 --num-steps 16 --max-grad-norm 0.5 {more}"
-        name = f"`a2c_sync.py {more.strip()}`".replace(" `", "`")
-        rows[name] = lambda flags=flags: ours("a2c_sync.py", flags, total, total // 3, total // 3)
+        flags = f"{PONG} --optimizer adam --num-envs 8 --num-steps 16 --max-grad-norm 0.5{more}"
+        rows[f"`a2c_sync.py{more}`"] = lambda flags=flags: ours("a2c_sync.py", flags, total, total // 3, total // 3)
     compare("A2C, Pong from pixels, 8 environments x 16 steps", rows, rounds)
 
 
@@ -196,7 +195,7 @@ def gpu(rounds: int):
     for more in ("", " --compile"):
         rows[f"`sac.py{more}`"] = lambda more=more: ours("sac.py", flags + more, 12_000, 4_000)
     compare(f"SAC, HalfCheetah-v5, one update a step, {torch.cuda.get_device_name()}", rows, rounds)
-    pixels(rounds, devices=["--device cuda"], total=40_000)
+    pixels(rounds, devices=[" --device cuda"], total=40_000)
 
 
 # --- Measurements in processes of their own ---------------------------------------------------------------------------

@@ -365,7 +365,8 @@ def test_compile_is_for_the_update(workdir, monkeypatch):
     run(compile=True, total_timesteps=60)
     function, options = asked[-1]
     assert function.__code__ == update.__code__  # a copy, so that torch keeps what it compiles apart
-    assert options.pop("options")["fallback_random"] and options == {"fullgraph": True, "dynamic": False}
+    how = {"fallback_random": True, "cpp_wrapper": True, "unroll_reductions_threshold": 1}
+    assert options == {"fullgraph": True, "dynamic": False, "options": how}
     assert called.count(function) == 10
     asked.clear()
     run(run_dir="plain", total_timesteps=60)
