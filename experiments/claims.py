@@ -1,8 +1,8 @@
 """The claims of the lecture: for each the commands it compares, what is measured, and what would have to come out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from experiments.judge import Expect, Reach
+from experiments.judge import RATES, Expect, Reach
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,8 @@ class Claim:
     expected: list[Expect | Reach]
     measures: tuple[str, ...] = ("return", "training return")  # the first is drawn
     seeds: int = 5
+    fewer: dict[str, int] = field(default_factory=dict)  # seeds of the tasks that have fewer
+    fails: dict[str, float] = field(default_factory=dict)  # task -> greedy return below which a seed has failed
     x: str = "env_steps"  # or seconds, of the curves
     timed: bool = False  # one run at a time
     log: bool = False  # the drawn measure's axis
@@ -23,10 +25,19 @@ class Claim:
         """It has no rows to compare, but measures."""
         return all(list(rows) == [""] for rows in self.tasks.values())
 
+    def seeds_of(self, task: str) -> int:
+        return self.fewer.get(task, self.seeds)
+
 
 def variant(name: str, command: str) -> str:
     """A command with its script replaced by a variant."""
     return f"experiments.variants.{name} {command.partition(' ')[2]}".strip()
+
+
+def thrice(mistakes: dict[str, str], half: str, tenth: str) -> dict[str, str]:
+    """Each row also with the flags of half and of a tenth of the learning rate."""
+    flags = ("", ""), (RATES[0], f" {half}"), (RATES[1], f" {tenth}")
+    return {row + rate: command + more for row, command in mistakes.items() for rate, more in flags}
 
 
 E100 = "--eval-episodes 100"
@@ -57,11 +68,26 @@ HOPPER = "--compile --env-id Hopper-v5 --total-timesteps 50000 --learning-starts
 VARIANCE = variant("gradient_variance", "")
 PENDULUM = "--env-id Pendulum-v1 --total-timesteps 15000"
 REPLAY_TASKS = {"CartPole-v1": "", "Pendulum-v1": f" {PENDULUM}"}  # flags behind those of OFF
-NAIVE = {
-    "both mistakes (D9)": f"{OFF} --critic v --actor-actions buffer",
-    "Q, the buffer's actions (D10)": f"{OFF} --actor-actions buffer",
-    "Q, fresh actions (D10, D11)": OFF,
-}
+A2C_RATES = "--actor-lr 5e-3", "--actor-lr 1e-3"  # a half and a tenth of the default
+A3C_RATES = "--actor-lr 2.5e-3", "--actor-lr 5e-4"
+OFF_RATES = "--actor-lr 5e-4", "--actor-lr 1e-4"
+SAC_RATES = "--actor-lr 1.5e-4 --critic-lr 5e-4", "--actor-lr 3e-5 --critic-lr 1e-4"
+
+
+def naive(flags: str) -> dict[str, str]:
+    """What a buffer does to actor-critic, and its repair."""
+    mistakes = {
+        "both mistakes (D9)": f"{OFF} --critic v --actor-actions buffer{flags}",
+        "Q, the buffer's actions (D10)": f"{OFF} --actor-actions buffer{flags}",
+    }
+    return thrice(mistakes, *OFF_RATES) | {"Q, fresh actions (D10, D11)": f"{OFF}{flags}"}
+
+
+def lagging(lags: tuple, name: str = "", flag: str = "") -> dict[str, str]:
+    """Actors of `lags` updates ago; the longer ones, which do harm, also at lower rates."""
+    rows = {f"lag {lag}{name}": f"{variant('a2c_lag', A2C)} {STEPS} --lag {lag}{flag}" for lag in lags}
+    few = {row: rows.pop(row) for row in list(rows) if int(row.split(",")[0].split()[1]) < 16}
+    return few | thrice(rows, *A2C_RATES)
 
 
 def tweaks(flags: str) -> dict[str, str]:
@@ -95,6 +121,8 @@ CLAIMS = [
             Expect("shared, c = 0.5", "shared, c = 2", "training return"),
         ],
         measures=("training return", "worst stretch", "return", *TRUNK),
+        seeds=20,
+        fails={"CartPole-v1": 475, "LunarLander-v3": 100},
     ),
     Claim(
         "pixels",
@@ -169,14 +197,8 @@ CLAIMS = [
         "Actors that are slightly older do no harm; much older ones do.",
         "D7",
         {
-            "CartPole-v1": {
-                f"lag {lag}{row}": f"{variant('a2c_lag', A2C)} {STEPS} --lag {lag}{flag}"
-                for row, flag, lags in (
-                    ("", "", (0, 1, 4, 16, 64, 256)),
-                    (", old gradient", " --old-gradient", (1, 4, 16, 64, 256)),
-                )
-                for lag in lags
-            }
+            "CartPole-v1": lagging((0, 1, 4, 16, 64, 256))
+            | lagging((1, 4, 16, 64, 256), ", old gradient", " --old-gradient")
         },
         [
             *(
@@ -184,7 +206,7 @@ CLAIMS = [
                 for lag in (1, 4)
                 for row in ("", ", old gradient")
             ),
-            *(Expect("lag 0", f"lag {lag}{row}") for lag in (64, 256) for row in ("", ", old gradient")),
+            *(Expect("lag 0", f"lag {lag}{row}", tuned=True) for lag in (64, 256) for row in ("", ", old gradient")),
             *(Expect(f"lag {lag}, old gradient", f"lag {lag}", "training return") for lag in (4, 16)),
             *(
                 Reach(row, 475, seeds=19)
@@ -193,17 +215,21 @@ CLAIMS = [
         ],
         measures=("return", "training return", "worst stretch"),
         seeds=20,
+        fails={"CartPole-v1": 475},
     ),
     Claim(
         "naive",
         "Replay done naively fails: Q repairs the critic, fresh actions repair the actor, and it takes both.",
         "D9, D10, D11",
-        {"CartPole-v1": NAIVE, "Pendulum-v1": {row: f"{command} {PENDULUM}" for row, command in NAIVE.items()}},
+        {task: naive(flags) for task, flags in REPLAY_TASKS.items()},
         [
-            Expect("Q, fresh actions (D10, D11)", "both mistakes (D9)"),
-            Expect("Q, fresh actions (D10, D11)", "Q, the buffer's actions (D10)"),
+            Expect("Q, fresh actions (D10, D11)", "both mistakes (D9)", tuned=True),
+            Expect("Q, fresh actions (D10, D11)", "Q, the buffer's actions (D10)", tuned=True),
             Expect("Q, the buffer's actions (D10)", "both mistakes (D9)"),
         ],
+        seeds=10,
+        fewer={"Pendulum-v1": 5},
+        fails={"CartPole-v1": 475, "Pendulum-v1": -200},
     ),
     Claim(
         "importance",
@@ -374,6 +400,8 @@ CLAIMS = [
         {
             "CartPole-v1": {
                 "a2c_sync.py": A2C,
+                "a2c_sync.py, 4 environments": f"{A2C} --num-envs 4 --actor-lr 5e-3",
+                "a2c_sync.py, 1 environment": f"{A2C} --num-envs 1 --actor-lr 1e-3",
                 "a3c_async.py": A3C,
                 "off_policy_ac.py": f"off_policy_ac.py {E100} {WHOLE}",
             },
@@ -424,26 +452,31 @@ CLAIMS = [
         {
             "a2c_sync.py, CartPole-v1": {
                 "right": f"{A2C} {STEPS}",
-                "time limit treated as termination": f"{variant('a2c_truncation', A2C)} {STEPS}",
-                "reset steps learned from": f"{variant('a2c_reset_steps', A2C)} {STEPS}",
-                "torch's RMSprop": f"{variant('a2c_rmsprop', A2C)} {STEPS}",
-                "RMSprop's ε outside the root": f"{variant('a2c_rmsprop_eps', A2C)} {STEPS}",
+                **thrice(
+                    {
+                        "time limit treated as termination": f"{variant('a2c_truncation', A2C)} {STEPS}",
+                        "reset steps learned from": f"{variant('a2c_reset_steps', A2C)} {STEPS}",
+                        "torch's RMSprop": f"{variant('a2c_rmsprop', A2C)} {STEPS}",
+                        "RMSprop's ε outside the root": f"{variant('a2c_rmsprop_eps', A2C)} {STEPS}",
+                    },
+                    *A2C_RATES,
+                ),
             },
             "a3c_async.py, CartPole-v1": {
                 "right": f"{A3C} {STEPS}",
-                "gradients that accumulate": f"{variant('a3c_accumulate', A3C)} {STEPS}",
+                **thrice({"gradients that accumulate": f"{variant('a3c_accumulate', A3C)} {STEPS}"}, *A3C_RATES),
             },
             "off_policy_ac.py, CartPole-v1": {
                 "right": OFF,
-                "time limit treated as termination": variant("off_policy_ac_truncation", OFF),
+                **thrice({"time limit treated as termination": variant("off_policy_ac_truncation", OFF)}, *OFF_RATES),
             },
             "sac.py, Pendulum-v1": {
                 "right": SAC,
-                "time limit treated as termination": variant("sac_truncation", SAC),
+                **thrice({"time limit treated as termination": variant("sac_truncation", SAC)}, *SAC_RATES),
             },
         },
         [
-            Expect("right", row, "training return")
+            Expect("right", row, "training return", tuned=True)
             for row in (
                 "time limit treated as termination",
                 "reset steps learned from",
@@ -453,6 +486,10 @@ CLAIMS = [
             )
         ],
         measures=("training return", "worst stretch", "return"),
+        seeds=20,
+        fewer={"off_policy_ac.py, CartPole-v1": 10, "sac.py, Pendulum-v1": 10},
+        fails={f"{script}.py, CartPole-v1": 475 for script in ("a2c_sync", "a3c_async", "off_policy_ac")}
+        | {"sac.py, Pendulum-v1": -200},
     ),
 ]
 

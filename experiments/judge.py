@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import bootstrap, trim_mean
 
+RATES = ", rate / 2", ", rate / 10"  # rows that differ from another one in the learning rate alone
 SEEDS = 5  # of fewer, such intervals are too narrow: they cover 75 % with three, 90 % with five, 94 % with twenty
 
 
@@ -42,6 +43,7 @@ class Expect:
     lower: bool = False
     than: str | None = None  # the worse row's measure, if it is another one
     task: str | None = None  # by default every task that has both rows
+    tuned: bool = False  # the worse row has three learning rates; that with the best IQM counts
 
     def __str__(self) -> str:
         words = "lower" if self.lower else "higher"
@@ -49,10 +51,13 @@ class Expect:
             words = f"at most {self.margin:g} {'higher' if self.lower else 'lower'}"
         if self.than:
             return f"{self.measure}: {words} than {self.than}"
-        return f"{self.better}: {self.measure} {words} than with {self.worse}"
+        return f"{self.better}: {self.measure} {words} than with {self.worse}{', best of 3 rates' * self.tuned}"
 
     def rows(self) -> set[str]:
-        return {self.better, self.worse}
+        return {self.better, *self.worse_rows()}
+
+    def worse_rows(self) -> list[str]:
+        return [self.worse, *(self.worse + rate for rate in RATES if self.tuned)]
 
     def difference(self, better, worse) -> tuple[float, float, float]:
         """How far this is true: the difference of the two IQMs, and its interval."""
@@ -61,7 +66,8 @@ class Expect:
         def statistic(a, b, axis=-1):
             return sign * (iqm(a, axis) - iqm(b, axis))
 
-        low, high = interval(better, worse, statistic=statistic, paired=self.better == self.worse)  # the same runs
+        options = {"n_resamples": 100_000, "paired": self.better == self.worse}  # of the same runs; an answer is no coin
+        low, high = interval(better, worse, statistic=statistic, **options)
         found = statistic(np.asarray(better), np.asarray(worse)), low, high
         return tuple(float(each) + 0.0 for each in found)  # + 0.0: not -0
 
@@ -70,11 +76,15 @@ class Expect:
 
         sample(row, measure) gives a value for each seed, None for one that diverged.
         """
-        better, worse = sample(self.better, self.measure), sample(self.worse, self.than or self.measure)
-        if not (better and worse):
+        better, all_worse = sample(self.better, self.measure), {}
+        for row in self.worse_rows():
+            all_worse[row] = sample(row, self.than or self.measure)
+        if not (better and all(all_worse.values())):
             return "not measured", "open"
-        if None in better + worse:
-            return f"{counted((better + worse).count(None), 'run')} diverged", "open"
+        if diverged := sum(each.count(None) for each in (better, *all_worse.values())):
+            return f"{counted(diverged, 'run')} diverged", "open"
+        best = (min if self.lower else max)(all_worse, key=lambda row: iqm(all_worse[row]))
+        worse, rate = all_worse[best], best.removeprefix(self.worse)
         middle, low, high = self.difference(better, worse)
         answer = "yes" if low > -self.margin else "no" if high <= -self.margin else "open"
         # What was not reached may take any longer: for the better row that can only speak against it
@@ -82,7 +92,7 @@ class Expect:
         against, in_favour = bounds if self.lower else reversed(bounds)
         if min(len(better), len(worse)) < SEEDS or (answer == "yes" and against) or (answer == "no" and in_favour):
             answer = "open"
-        return with_interval(middle, low, high), answer
+        return with_interval(middle, low, high) + rate, answer
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def judged(claim, runs: list[dict]) -> list[tuple]:
     for task, rows in claim.tasks.items():
         for expect in claim.expected:
             if expect.task in (None, task) and expect.rows() <= rows.keys():
-                found.append((task, expect, *expect.judge(lambda *of: sample(runs, task, *of), claim.seeds)))
+                found.append((task, expect, *expect.judge(lambda *of: sample(runs, task, *of), claim.seeds_of(task))))
     return found
 
 
@@ -36,7 +36,7 @@ def in_rows(table: list) -> list[str]:
 def block(claim, data: Path) -> str:
     """A claim's generated part of the page."""
     runs = runs_of(claim, data)
-    jobs = {job.key: job for job in jobs_of(claim, claim.seeds)}
+    jobs = {job.key: job for job in jobs_of(claim)}
     if not runs:
         commands = (f"    {called(job.command)} --seed {FIRST_SEED}" for job in jobs_of(claim, 1))
         return "\n".join(["Not measured yet.", "", *commands])

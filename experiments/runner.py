@@ -301,18 +301,22 @@ def circumstances() -> tuple[str, str, str, str]:
     return commit.strip() + ("+" if changed else ""), versions, processor, time.strftime("%Y-%m-%d")
 
 
-def jobs_of(claim, seeds: int) -> list[Job]:
+def jobs_of(claim, seeds: int | None = None) -> list[Job]:
     """A seed of every row before the next seed, so that what is there can be compared at any time."""
-    rows = [(task, row, command) for task, rows in claim.tasks.items() for row, command in rows.items()]
-    seeds = range(FIRST_SEED, FIRST_SEED + seeds)
-    return [Job(task, row, seed, command) for seed in seeds for task, row, command in rows]
+    return [
+        Job(task, row, FIRST_SEED + i, command)
+        for i in range(seeds or claim.seeds)
+        for task, rows in claim.tasks.items()
+        for row, command in rows.items()
+        if i < (seeds or claim.seeds_of(task))
+    ]
 
 
 def run_claim(
     claim, task: str, seeds: int | None, at_a_time: int, quick: bool, fresh: bool, out: Path, data: Path
 ) -> int:
     """Runs what the data lacks, or all if `fresh`; returns how many runs failed."""
-    jobs = [job for job in jobs_of(claim, seeds or (1 if quick else claim.seeds)) if job.task.startswith(task)]
+    jobs = [job for job in jobs_of(claim, seeds or (1 if quick else None)) if job.task.startswith(task)]
     if quick:
         for job in jobs:
             job.command += " " + QUICK[script_of(job)]

@@ -1,19 +1,22 @@
-"""a2c_sync.py with ε outside the root, the mean square beginning at 1 as in A3C's RMSProp."""
+"""a2c_sync.py with RMSProp's ε outside the root; update clipping, and the mean square that begins at 1, stay."""
 
 import torch
 
 import a2c_sync
 
 
-def rmsprop(groups, eps):
-    optimizer = torch.optim.RMSprop(groups, alpha=0.99, eps=eps)
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            optimizer.state[p] = {"step": torch.zeros(()), "square_avg": torch.ones_like(p)}
-    return optimizer
+class EpsilonOutside(a2c_sync.RMSpropA3C):
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                g = self.state[p]["square_avg"]
+                g.mul_(group["alpha"]).addcmul_(p.grad, p.grad, value=1 - group["alpha"])
+                u = p.grad / (g.sqrt() + group["eps"])
+                p.sub_(u / u.square().mean().sqrt().clamp_min(1.0), alpha=group["lr"])
 
 
-a2c_sync.RMSpropA3C = rmsprop
+a2c_sync.RMSpropA3C = EpsilonOutside
 a2c_sync.__file__ = __file__  # a run's folder tells this from a2c_sync.py
 
 if __name__ == "__main__":
