@@ -66,7 +66,7 @@ class Expect:
         def statistic(a, b, axis=-1):
             return sign * (iqm(a, axis) - iqm(b, axis))
 
-        options = {"n_resamples": 100_000, "paired": self.better == self.worse}  # of the same runs; an answer is no coin
+        options = {"n_resamples": 100_000, "paired": self.better == self.worse}  # of the same runs
         low, high = interval(better, worse, statistic=statistic, **options)
         found = statistic(np.asarray(better), np.asarray(worse)), low, high
         return tuple(float(each) + 0.0 for each in found)  # + 0.0: not -0

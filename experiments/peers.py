@@ -1,7 +1,9 @@
-"""Stable-Baselines3's SAC with the settings of sac.py, as the laboratory runs it, and with the files that it reads.
+"""Stable-Baselines3's A2C, PPO and SAC, as the laboratory runs our scripts, and with the files that it reads.
 
-pip install -e ".[bench,mujoco]"
-python experiments/sb3_sac.py --env-id Hopper-v5 --total-timesteps 100000 --run-dir runs/sb3
+The flags are those that its authors publish for the task, else its defaults. One thread, on the CPU.
+
+pip install -e ".[bench,mujoco,box2d]"
+python experiments/peers.py --algorithm sac --env-id Hopper-v5 --total-timesteps 100000 --run-dir runs/sb3
 """
 
 import csv
@@ -10,6 +12,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 
@@ -17,9 +20,30 @@ import tyro  # noqa: E402
 
 from common.checkpoint import env_seed  # noqa: E402
 
+# https://github.com/DLR-RM/rl-baselines3-zoo/tree/master/hyperparams, whose names of environments are one version older.
+# A rate in a list falls linearly to 0, and `normalize` is VecNormalize of observations and rewards.
+MUJOCO = {"learning_starts": 10_000}
+FLAGS = {
+    ("a2c", "CartPole"): {"n_envs": 8, "ent_coef": 0.0},
+    ("a2c", "Acrobot"): {"n_envs": 16, "normalize": True, "ent_coef": 0.0},
+    ("a2c", "LunarLander"): {"n_envs": 8, "gamma": 0.995, "n_steps": 5, "learning_rate": [8.3e-4], "ent_coef": 1e-5},
+    ("a2c", "BipedalWalker"): {
+        "n_envs": 16, "normalize": True, "ent_coef": 0.0, "max_grad_norm": 0.5, "n_steps": 8, "gae_lambda": 0.9,
+        "vf_coef": 0.4, "gamma": 0.99, "use_rms_prop": True, "normalize_advantage": False, "learning_rate": [9.6e-4],
+        "use_sde": True, "policy_kwargs": {"log_std_init": -2, "ortho_init": False},
+    },
+    ("ppo", "LunarLander"): {
+        "n_envs": 16, "n_steps": 1024, "batch_size": 64, "gae_lambda": 0.98, "gamma": 0.999, "n_epochs": 4,
+        "ent_coef": 0.01,
+    },
+    **{("sac", task): MUJOCO for task in ("HalfCheetah", "Hopper", "Walker2d")},
+}  # fmt: skip
+
 
 @dataclass
 class Options:
+    algorithm: Literal["a2c", "ppo", "sac"] = "sac"
+    """which of Stable-Baselines3's"""
     run_dir: str = ""
     """folder to write, which must not exist"""
     resume: str = ""
@@ -27,11 +51,9 @@ class Options:
     env_id: str = "HalfCheetah-v5"
     """environment"""
     seed: int = 1
-    """seed of networks, actions and the environment"""
+    """seed of networks, actions and environments"""
     total_timesteps: int = 100_000
     """environment steps"""
-    learning_starts: int = 10_000
-    """environment steps before the first update"""
     checkpoint_every: int = 100_000
     """environment steps between checkpoints"""
     eval_episodes: int = 20
@@ -40,31 +62,44 @@ class Options:
 
 def main(options: Options):
     import gymnasium as gym
+    import stable_baselines3
     import torch
-    from stable_baselines3 import SAC
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.monitor import Monitor
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
     if not (options.run_dir or options.resume):
         sys.exit("Give --run-dir or --resume.")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # changes its speed, not its returns
     folder, rows, before = Path(options.resume or options.run_dir), [], 0.0
-    checkpoint, buffer, metrics = (folder / name for name in ("checkpoint.pt", "buffer.pkl", "metrics.csv"))
+    checkpoint, buffer, normal, metrics = (folder / f for f in ("checkpoint.pt", "buffer.pkl", "vec.pkl", "metrics.csv"))
     if options.resume:
         options = Options(**json.loads((folder / "args.json").read_text()))
-        model = SAC.load(checkpoint, Monitor(gym.make(options.env_id)), device="cpu")
-        model.load_replay_buffer(buffer)
+    algorithm = getattr(stable_baselines3, options.algorithm.upper())
+    flags = dict(FLAGS.get((options.algorithm, options.env_id.partition("-")[0].removesuffix("Continuous")), {}))
+    num_envs, normalize = flags.pop("n_envs", 1), flags.pop("normalize", False)
+    if isinstance(flags.get("learning_rate"), list):
+        (rate,) = flags["learning_rate"]
+        flags["learning_rate"] = lambda left: rate * left
+    envs = DummyVecEnv([lambda: Monitor(gym.make(options.env_id))] * num_envs)
+    if normalize and options.resume:
+        envs = VecNormalize.load(normal, envs)
+    elif normalize:
+        envs = VecNormalize(envs, gamma=flags.get("gamma", 0.99))
+    if options.resume:
+        model = algorithm.load(checkpoint, envs, device="cpu")
+        if buffer.exists():
+            model.load_replay_buffer(buffer)
         rows = [row for row in csv.reader(metrics.open()) if row[0].isdigit() and int(row[0]) <= model.num_timesteps]
         before = float(rows[-1][1]) if rows else 0.0
     else:
         folder.mkdir(parents=True)
         (folder / "args.json").write_text(json.dumps(asdict(options), indent=2))
-        # Its defaults are those of sac.py with --critic-lr 3e-4: batches of 256, τ = 0.005, two layers of 256
-        model = SAC(
-            "MlpPolicy", Monitor(gym.make(options.env_id)), seed=options.seed, learning_starts=options.learning_starts,
-            device="cpu",
-        )  # fmt: skip
+        model = algorithm("MlpPolicy", envs, seed=options.seed, device="cpu", **flags)
+    saved = [(model.save, checkpoint)]  # the last to be written: a folder that has it is whole
+    saved += [(envs.save, normal)] if normalize else []
+    saved += [(model.save_replay_buffer, buffer)] if options.algorithm == "sac" else []
     with metrics.open("w", newline="") as file:
         log, start = csv.writer(file), time.perf_counter() - before
         log.writerows([["env_steps", "seconds", "tag", "value"], *rows])
@@ -76,9 +111,9 @@ def main(options: Options):
                     if "episode" in info:
                         seconds = f"{time.perf_counter() - start:.3f}"
                         log.writerow([self.num_timesteps, seconds, "charts/episodic_return", info["episode"]["r"]])
-                if self.num_timesteps % options.checkpoint_every == 0:
+                if self.num_timesteps % options.checkpoint_every < num_envs:
                     file.flush()
-                    for save, path in ((model.save_replay_buffer, buffer), (model.save, checkpoint)):
+                    for save, path in reversed(saved):
                         unfinished = path.with_name(f"unfinished{path.suffix}")  # a kill leaves the one before
                         save(unfinished)
                         unfinished.replace(path)
@@ -90,13 +125,14 @@ def main(options: Options):
     for i in range(options.eval_episodes):
         (obs, _), ended = test.reset(seed=env_seed(0, 2**62, i)), False
         while not ended:
+            obs = envs.normalize_obs(obs) if normalize else obs
             obs, _, terminated, truncated, info = test.step(model.predict(obs, deterministic=True)[0])
             ended = terminated or truncated
         returns.append(float(info["episode"]["r"]))
     results = {
-        "env_steps": options.total_timesteps,
+        "env_steps": model.num_timesteps,
         "seconds": seconds,
-        "sps": options.total_timesteps / seconds,
+        "sps": model.num_timesteps / seconds,
         "eval_return_mean": sum(returns) / len(returns),
         "eval_episodes": len(returns),
     }
