@@ -12,9 +12,13 @@ class Claim:
     decisions: str
     tasks: dict[str, dict[str, str]]  # task -> row -> command
     expected: list[Expect | Reach]
+    finding: str = ""  # in a sentence, with a number
     measures: tuple[str, ...] = ("return", "training return")  # the first is drawn
     seeds: int = 5
     fewer: dict[str, int] = field(default_factory=dict)  # seeds of the tasks that have fewer
+    published: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # task -> who -> a return, a line in the figure
     fails: dict[str, float] = field(default_factory=dict)  # task -> greedy return below which a seed has failed
     x: str = "env_steps"  # or seconds, of the curves
     timed: bool = False  # one run at a time

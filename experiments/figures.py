@@ -1,19 +1,19 @@
 """Pictures of claims and of run folders, readable in black and white. Needs the extra: pip install -e ".[plot]" """
 
 import hashlib
+import textwrap
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from experiments.judge import AtLeast, interval, iqm
+from experiments.judge import RATES, AtLeast, Reach, interval, iqm
 from experiments.runner import curve, key, read, runs_of, sample
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-LINES, MARKERS = ["-", "--", "-.", ":"], "os^vDP<>"
-COLORS = [*plt.get_cmap("tab20").colors[::2], *plt.get_cmap("tab20").colors[1::2]]  # ten strong ones, then pale ones
+LINES, COLORS = ["-", "--", "-."], ["C0", "C1", "C2"]
 # Below the axes, where it hides nothing, with handles long enough to tell the lines by
 LEGEND = {"loc": "outside lower center", "handlelength": 4, "frameon": False, "fontsize": 8}
 THOUSANDS = plt.FuncFormatter(lambda value, _: f"{value:,.10g}")
@@ -28,36 +28,60 @@ UNITS = {
 }
 
 
-def draw_curves(axes, lines: dict[str, list[np.ndarray]], seconds: bool = False):
-    """row -> a curve (points, 3) of env_steps, seconds, return for each seed; thin lines, IQM and interval.
+def draw_line(axes, seeds: list[np.ndarray], column: int, color, style: str, label: str | None = None, every=True):
+    """IQM of the seeds' curves (points, 3) of env_steps, seconds, return; with `every` thin lines and an interval."""
+    grid = np.linspace(0, min(each[-1, column] for each in seeds), 101)[1:]
+    grid = grid[grid >= max(each[0, column] for each in seeds)]  # where every seed has finished an episode
+    values = np.stack([np.interp(grid, each[:, column], each[:, 2]) for each in seeds], 1)
+    axes.plot(grid, iqm(values), color=color, linestyle=style, linewidth=1.8 if every else 1.2, label=label)
+    if every:
+        for each in seeds:
+            axes.plot(each[:, column], each[:, 2], color=color, linewidth=0.4, alpha=0.5)
+        axes.fill_between(grid, *interval(values, n_resamples=2000), color=color, alpha=0.15, linewidth=0)
 
-    Of more than three rows the IQM alone, or nothing could be made out; the values beside them have every seed. The
-    axis is logarithmic if some rows are much longer than others.
+
+def draw_curves(part, lines: dict[str, list[np.ndarray]], seconds: bool = False, title: str = ""):
+    """row -> a curve of each seed; up to three rows in one picture, more in one each, beside the first row in grey.
+
+    The axis is logarithmic if some rows are much longer than others.
     """
     column = 1 if seconds else 0
     ends = [each[-1, column] for seeds in lines.values() for each in seeds]
+    if few := len(lines) <= 3:
+        grid = part.subplots(1, 1, squeeze=False)
+    else:
+        across = 3 if len(lines) <= 9 else 4
+        grid = part.subplots(-(-len(lines) // across), across, sharex=True, sharey=True, squeeze=False)
+        part.supxlabel("seconds" if seconds else "environment steps", fontsize=8)
+        part.supylabel("training return", fontsize=8)
+    part.suptitle(title, fontsize=10)
+    first = next(iter(lines.values()), None)
     for i, (row, seeds) in enumerate(lines.items()):
-        grid = np.linspace(0, min(each[-1, column] for each in seeds), 101)[1:]
-        grid = grid[grid >= max(each[0, column] for each in seeds)]  # where every seed has finished an episode
-        values = np.stack([np.interp(grid, each[:, column], each[:, 2]) for each in seeds], 1)
-        color, style = COLORS[i % len(COLORS)], LINES[i % len(LINES)]
-        few = len(lines) <= 3
-        for each in seeds if few else []:
-            axes.plot(each[:, column], each[:, 2], color=color, linewidth=0.4, alpha=0.5)
-        marks = {} if few else {"marker": MARKERS[i % len(MARKERS)], "markevery": (3 * i, 25), "markersize": 4}
-        axes.plot(grid, iqm(values), color=color, linestyle=style, linewidth=1.8, label=row, **marks)
+        axes = grid.flat[0 if few else i]
+        if not few and seeds is not first:
+            draw_line(axes, first, column, "grey", "--", every=False)
+        draw_line(axes, seeds, column, COLORS[i if few else 0], LINES[i] if few else "-", row)
+        if not few:
+            axes.set_title("\n".join(textwrap.wrap(row, 24)), fontsize=7)
+            axes.tick_params(labelsize=7)
+    for axes in grid.flat[len(lines) :] if not few else ():
+        axes.set_visible(False)
+    for axes in grid.flat:
         if few:
-            axes.fill_between(grid, *interval(values, n_resamples=2000), color=color, alpha=0.15, linewidth=0)
-    axes.set(xlabel="seconds" if seconds else "environment steps", ylabel="training return")
-    axes.grid(alpha=0.3)
-    axes.yaxis.set_major_formatter(THOUSANDS)
-    scale(axes, "log" if ends and max(ends) > 5 * min(ends) else "linear")
-    if axes.get_xscale() == "log":
-        axes.set_xlim(left=min(ends) / 100)
+            axes.set(xlabel="seconds" if seconds else "environment steps", ylabel="training return")
+        axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter(THOUSANDS)
+        scale(axes, "log" if ends and max(ends) > 5 * min(ends) else "linear", 4 if few else 2)
+        if axes.get_xscale() == "log":
+            axes.set_xlim(left=min(ends) / 100)
+    return grid.flat[0]
 
 
-def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = False):
-    """row -> a value for each seed: a dot each, or an arrow where it is a bound, as then the IQM is; and interval."""
+def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = False, marks: dict[str, float] = {}):
+    """row -> a value for each seed: a dot each, or an arrow where it is a bound, as then the IQM is; and interval.
+
+    `marks`: values to compare with, such as an aim; a line each.
+    """
     labels = []
     for i, (row, each) in enumerate(values.items()):
         bounds = [isinstance(value, AtLeast) for value in each]
@@ -67,18 +91,26 @@ def draw_values(axes, values: dict[str, list[float]], unit: str, log: bool = Fal
             )
         axes.plot(iqm(each), i, "k>" if any(bounds) else "k|", markersize=9 if any(bounds) else 14, markeredgewidth=2)
         axes.plot(interval(each), [i, i], "k-", linewidth=1)
-        labels.append(row + (" (not reached)" if all(bounds) else " (at least)" if any(bounds) else ""))
+        name = next((rate.strip(", ") for rate in RATES if row.endswith(rate)), row)
+        labels.append(name + (" (not reached)" if all(bounds) else " (at least)" if any(bounds) else ""))
         if i % 2:
             axes.axhspan(i - 0.5, i + 0.5, color="black", alpha=0.05, linewidth=0)  # whose dots these are
-    axes.set_yticks(range(len(values)), labels)
+    draw_marks(axes.axvline, marks)
+    axes.set_yticks(range(len(values)), labels, fontsize=8)
     axes.set(xlabel=unit, ylim=((len(values) or 1) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
     scale(axes, "linear" if not log else "log" if axes.dataLim.xmin > 0 else "symlog")
 
 
-def scale(axes, name: str):
+def draw_marks(line, marks: dict[str, float]):
+    """Thin lines that a legend can name, told apart by their dots and dashes."""
+    for i, (name, value) in enumerate(marks.items()):
+        line(value, color="black", linewidth=0.9, linestyle=(0, (1 + 3 * i, 2)), label=f"{name}: {value:,.10g}")
+
+
+def scale(axes, name: str, ticks: int = 4):
     if name == "linear":
-        axes.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axes.xaxis.set_major_locator(plt.MaxNLocator(ticks))
         axes.xaxis.set_major_formatter(THOUSANDS)
     elif name == "log":
         axes.set_xscale("log")
@@ -99,37 +131,52 @@ def plot_claim(claim, data: Path, folder: Path) -> Path | None:
     tasks = [task for task in claim.tasks if any(run["task"] == task for run in runs)]
     if not tasks:
         return None
-    only_measures = claim.one_row_a_task()
-    one_seed = len({run["seed"] for run in runs}) == 1
+    only_measures, one_seed = claim.one_row_a_task(), len({run["seed"] for run in runs}) == 1
+    heights = []
+    for task in tasks:
+        plain = sum(not row.endswith(RATES) for row in claim.tasks[task])
+        grid = 0 if plain <= 3 else 1.25 * -(-plain // (3 if plain <= 9 else 4))
+        heights.append(max(3.3, 1.0 + grid, 1.2 + 0.24 * len(only_measures and claim.measures or claim.tasks[task])))
     columns = 1 if only_measures or one_seed else 2
-    height = max(3.3, 1.2 + 0.3 * max(len(claim.tasks[task]) for task in tasks))
-    figure = plt.figure(figsize=(5.2 * columns, 0.4 + height * len(tasks)), layout="constrained")
-    for task, part in zip(tasks, figure.subfigures(len(tasks), squeeze=False).flat):
-        axes = part.subplots(1, columns, squeeze=False)[0]
+    figure = plt.figure(figsize=(5.4 * columns, 0.4 + sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(tasks), squeeze=False, height_ratios=heights).flat
+    for task, part in zip(tasks, parts):
         rows = [row for row in claim.tasks[task] if any((run["task"], run["row"]) == (task, row) for run in runs)]
+        marks = {
+            "aim": each.at_least
+            for each in claim.expected
+            if isinstance(each, Reach) and (each.task or task, each.measure) == (task, "return")
+        } | claim.published.get(task, {})
         if only_measures:
             values = {name: sample(runs, task, "", name) for name in claim.measures}
             values = {name: each for name, each in values.items() if each and None not in each}
-            draw_values(axes[0], values, "variance / squared length of the expected gradient", claim.log)
-        else:
-            if not one_seed:
-                name = claim.measures[0]
-                values = {row: sample(runs, task, row, name) for row in rows}
-                values = {row: each for row, each in values.items() if each and None not in each}
-                draw_values(axes[1], values, UNITS.get(name, name), claim.log)
-            lines = {}
-            for row in rows:
-                seeds = {}
-                for point in points:
-                    if (point["task"], point["row"]) == (task, row):
-                        seeds.setdefault(point["seed"], []).append(
-                            [float(point[column]) for column in ("env_steps", "seconds", "return")]
-                        )
-                lines |= {row: [np.array(seed) for seed in seeds.values()]} if seeds else {}  # no episode has ended
-            draw_curves(axes[0], lines, claim.x == "seconds")
-            if lines:
-                part.legend(ncols=4, **LEGEND)
-        axes[0].set_title(task, fontsize=10)
+            axes = part.subplots()
+            axes.set_title(task, fontsize=10)
+            draw_values(axes, values, "variance / squared length of the expected gradient", claim.log)
+            continue
+        left, *right = part.subfigures(1, columns, squeeze=False).flat
+        lines = {}
+        for row in rows:
+            seeds = {}
+            for point in points:
+                if (point["task"], point["row"]) == (task, row) and not row.endswith(RATES):
+                    seeds.setdefault(point["seed"], []).append(
+                        [float(point[column]) for column in ("env_steps", "seconds", "return")]
+                    )
+            lines |= {row: [np.array(seed) for seed in seeds.values()]} if seeds else {}  # no episode has ended
+        axes = draw_curves(left, lines, claim.x == "seconds", task)
+        if one_seed:
+            draw_marks(axes.axhline, {f"{name} (greedy)": value for name, value in marks.items()})
+        if one_seed or 1 < len(lines) <= 3:
+            left.legend(ncols=1 if one_seed else 2, **LEGEND)
+        for each in right:
+            name = claim.measures[0]
+            values = {row: sample(runs, task, row, name) for row in rows}
+            values = {row: each for row, each in values.items() if each and None not in each}
+            axes = each.subplots()
+            draw_values(axes, values, UNITS.get(name, name), claim.log, marks if name == "return" else {})
+            if name == "return" and marks:
+                each.legend(ncols=2, **LEGEND)
     return save(figure, folder / f"claim_{claim.name}.png", Description=digest(claim, data))
 
 
@@ -143,9 +190,11 @@ def digest(claim, data: Path) -> str:
 def plot_runs(groups: dict[str, list[tuple]], out: Path, seconds: bool = False) -> Path:
     """label -> (training episodes, environment steps) of each run."""
     lines = {f"{label} ({len(runs)})": [np.array(curve(*run)) for run in runs] for label, runs in groups.items()}
-    figure, axes = plt.subplots(figsize=(7, 4 + 0.15 * len(lines)), layout="constrained")
-    draw_curves(axes, lines, seconds)
-    figure.legend(**LEGEND)
+    few = len(lines) <= 3
+    figure = plt.figure(figsize=(7, 4) if few else (9, 1 + 1.6 * -(-len(lines) // 3)), layout="constrained")
+    draw_curves(figure, lines, seconds)
+    if few:
+        figure.legend(**LEGEND)
     return save(figure, out)
 
 

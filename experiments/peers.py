@@ -20,7 +20,7 @@ import tyro  # noqa: E402
 
 from common.checkpoint import env_seed  # noqa: E402
 
-# https://github.com/DLR-RM/rl-baselines3-zoo/tree/master/hyperparams, whose names of environments are one version older.
+# https://github.com/DLR-RM/rl-baselines3-zoo/tree/master/hyperparams; its environments are a version older.
 # A rate in a list falls linearly to 0, and `normalize` is VecNormalize of observations and rewards.
 MUJOCO = {"learning_starts": 10_000}
 FLAGS = {
@@ -73,7 +73,9 @@ def main(options: Options):
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # changes its speed, not its returns
     folder, rows, before = Path(options.resume or options.run_dir), [], 0.0
-    checkpoint, buffer, normal, metrics = (folder / f for f in ("checkpoint.pt", "buffer.pkl", "vec.pkl", "metrics.csv"))
+    checkpoint, buffer, normal, metrics = (
+        folder / f for f in ("checkpoint.pt", "buffer.pkl", "vec.pkl", "metrics.csv")
+    )
     if options.resume:
         options = Options(**json.loads((folder / "args.json").read_text()))
     algorithm = getattr(stable_baselines3, options.algorithm.upper())

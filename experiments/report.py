@@ -1,11 +1,26 @@
-"""The tables of docs/claims.md, from the data in the repository alone."""
+"""The tables of docs/claims.md and docs/results.md, and the commands, from the data in the repository alone."""
 
 import re
 import shlex
 from pathlib import Path
+from statistics import mean
 
-from experiments.judge import SEEDS, AtLeast, counted, interval, iqm, number, verdict, with_interval
-from experiments.runner import DIVERGED, FIRST_SEED, code_version, jobs_of, key, runs_of, sample
+from experiments.judge import RATES, SEEDS, AtLeast, Expect, count_answers, counted, interval, iqm, with_interval
+from experiments.runner import (
+    DIVERGED,
+    FIRST_SEED,
+    code_version,
+    jobs_of,
+    key,
+    read,
+    runs_of,
+    sample,
+)  # fmt: skip
+
+BY_CHANCE = {
+    5: 0.07,
+    10: 0.04,
+}  # seeds -> share of intervals of a difference without 0, of normal values that are alike
 
 
 def cell(values: list[float]) -> str:
@@ -33,63 +48,158 @@ def in_rows(table: list) -> list[str]:
     return [lines[0], "|" + "---|" * len(table[0]), *lines[1:]]
 
 
+def seconds_of(runs: list[dict]) -> list[float]:
+    return [float(run["seconds of run"]) for run in runs if run["seconds of run"] != DIVERGED]
+
+
 def block(claim, data: Path) -> str:
     """A claim's generated part of the page."""
     runs = runs_of(claim, data)
-    jobs = {job.key: job for job in jobs_of(claim)}
     if not runs:
-        commands = (f"    {called(job.command)} --seed {FIRST_SEED}" for job in jobs_of(claim, 1))
-        return "\n".join(["Not measured yet.", "", *commands])
+        return "Not measured yet."
     lines, answers = [f"![{claim.name}](figures/claim_{claim.name}.png)", ""], judged(claim, runs)
     if claim.one_row_a_task():
         table = [["", *claim.tasks]]
         table += [[name, *(cell(sample(runs, task, "", name)) for task in claim.tasks)] for name in claim.measures]
     else:
-        table = [["Task", "", *claim.measures, f"each seed's {claim.measures[0]}"]]
-        for task, rows in claim.tasks.items():
-            for row in rows:
-                samples = [sample(runs, task, row, measure) for measure in claim.measures]
-                each = ", ".join(DIVERGED if value is None else number(value) for value in samples[0])
-                table += [[task, row, *map(cell, samples), each]] if any(samples) else []
-    lines += [*in_rows(table), "", *in_rows([["Task", "What was expected", "What was found", ""], *answers])]
-    words = [answer for *_, answer in answers]
-    counts = ", ".join(f"{words.count(answer)} {answer}" for answer in ("yes", "no", "open"))
-    lines += ["", f"**Verdict: {verdict(words)}** ({counts})."]
-    seeds = {int(run["seed"]) for run in runs}
-    minutes = sum(float(run["seconds of run"]) for run in runs if run["seconds of run"] != DIVERGED) / 60
-    made = {}  # circumstances -> tasks
+        table = rows_of(claim, runs)
+    lines += [*in_rows(table), ""]
+    jobs = {job.key: job for job in jobs_of(claim)}
+    notes = [seeds_in_words(runs)]
+    if (there := len(jobs.keys() & {key(run) for run in runs})) < len(jobs):
+        notes.append(f"so far {there} of {len(jobs)} runs")
+    if old := sum(key(run) in jobs and run["code"] != code_version(jobs[key(run)]) for run in runs):
+        notes.append(f"{counted(old, 'run')} by earlier code")
+    counts = count_answers([answer for *_, answer in answers])
+    more = [f"{counted(round(sum(seconds_of(runs)) / 60), 'minute')} of training."]
+    if claim.fails:
+        limits = ", ".join(f"{limit:g} on {task}" for task, limit in claim.fails.items() if task in claim.tasks)
+        more.append(f"A seed has failed if its greedy return is below {limits}.")
+    more.append(f"[Commands and machines](../experiments/data/{claim.name}.txt).")
+    table = in_rows([["Task", "What was expected", "What was found", ""], *answers])
+    lines += [f"<details><summary>What was expected: {counts} ({', '.join(notes)})</summary>", "", *table, ""]
+    return "\n".join([*lines, " ".join(more), "", "</details>"])
+
+
+def rows_of(claim, runs: list[dict]) -> list[list]:
+    """A row of the table for each of the claim; one with three learning rates has a column for each."""
+    first, *others = claim.measures
+    rated = any(row.endswith(RATES) for rows in claim.tasks.values() for row in rows)
+    table = [
+        ["Task", "", first, *(rate.strip(", ") for rate in RATES if rated), *others, *["failed"] * bool(claim.fails)]
+    ]
+    for task, rows in claim.tasks.items():
+        shown = ""
+        for row in (row for row in rows if not row.endswith(RATES)):
+            three = [row, *(row + rate for rate in RATES if rated)]
+            cells = [cell(sample(runs, task, each, first)) for each in three]
+            cells += [cell(sample(runs, task, row, name)) for name in others]
+            if claim.fails:
+                returns = [sample(runs, task, each, "return") for each in three]
+                failed = [sum(v is None or v < claim.fails[task] for v in each) for each in returns if each]
+                cells.append(f"{', '.join(map(str, failed))} of {len(returns[0])}" if failed else "")
+            if any(cells):
+                table.append(["" if task == shown else task, row, *cells])
+                shown = task
+    return table
+
+
+def seeds_in_words(runs: list[dict]) -> str:
+    """By task where they differ."""
+    last = {task: max(int(run["seed"]) for run in runs if run["task"] == task) for task in {r["task"] for r in runs}}
+    ends = sorted(set(last.values()))
+    return "Seed 100" if ends == [FIRST_SEED] else f"Seeds {FIRST_SEED} to {' or '.join(map(str, ends))}"
+
+
+def commands(claim, data: Path) -> str:
+    """What the data was made with."""
+    runs, made = runs_of(claim, data), {}  # circumstances -> tasks
     for run in runs:
         made.setdefault((run["processor"], run["versions"], run["commit"], run["date"]), {})[run["task"]] = None
-    there = len(jobs.keys() & {key(run) for run in runs})
-    old = sum(key(run) in jobs and run["code"] != code_version(jobs[key(run)]) for run in runs)
-    which = f"Seeds {FIRST_SEED} to {max(seeds)}" if len(seeds) > 1 else f"Seed {FIRST_SEED}"
-    notes = [f"{which}, {counted(round(minutes), 'minute')} of training."]
-    if there < len(jobs):
-        notes.append(f"So far {there} of {len(jobs)} runs have been made.")
-    if old:
-        notes.append(f"{counted(old, 'run')} by earlier code.")
-    lines += ["", " ".join(notes)]
-    lines += ["", "<details><summary>Commands and machines</summary>", ""]
-    lines += [f"    {called(run['command'])} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
-    lines += ["", *(f"    {'; '.join(tasks)}: {', '.join(each)}" for each, tasks in sorted(made.items()))]
-    lines += ["", "</details>"]
+    lines = [f"{called(run['command'])} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
+    return "\n".join([*lines, "", *(f"{'; '.join(tasks)}: {', '.join(each)}" for each, tasks in sorted(made.items()))])
+
+
+def slug(heading: str) -> str:
+    """The name that GitHub gives a heading's anchor."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def overview(claims, data: Path) -> str:
+    """A row for each claim, and how many answers chance would give."""
+    table = [["", "What was found", "Answers", "Seeds", "Minutes"]]
+    answers, by_chance = [], 0.0
+    for claim in claims:
+        runs = runs_of(claim, data)
+        each = judged(claim, runs)
+        words = [answer for *_, answer in each]
+        answers += words
+        for task, expect, *_ in each:
+            if isinstance(expect, Expect) and not expect.margin and claim.seeds_of(task) >= SEEDS:
+                by_chance += BY_CHANCE[10 if claim.seeds_of(task) >= 10 else 5]
+        counts = count_answers(words)
+        seeds = len({run["seed"] for run in runs})
+        table.append(
+            [
+                f"[{claim.name}](#{slug(heading(claim))})",
+                claim.finding,
+                counts,
+                seeds,
+                round(sum(seconds_of(runs)) / 60),
+            ]
+        )
+    lines = in_rows(table) + ["", f"All {len(answers)} answers: {count_answers(answers)}."]
+    lines.append(
+        f"If no two rows differed, chance alone would answer about {by_chance:.0f} of them: half yes, half no."
+    )
     return "\n".join(lines)
 
 
+def results_table(claims, data: Path) -> str:
+    """A row for each task and script."""
+    table = [["Task", "Script", "Return", "Seeds", "Steps", "Minutes a run", "Flags"]]
+    for claim in claims:
+        runs, points = runs_of(claim, data), read(data / f"{claim.name}.curves.csv")
+        for task, rows in claim.tasks.items():
+            for row in rows:
+                mine = [run for run in runs if (run["task"], run["row"]) == (task, row)]
+                if not mine:
+                    continue
+                steps = max(int(point["env_steps"]) for point in points if (point["task"], point["row"]) == (task, row))
+                machines = " and ".join(sorted({short(run["processor"]) for run in mine}))
+                minutes = f"{mean(seconds_of(mine)) / 60:.2g} ({machines})"
+                name, _, flags = mine[0]["command"].partition(" ")
+                flags = re.sub(r"--(eval-episodes|env-id|total-timesteps|algorithm|checkpoint-every) \S+ ?", "", flags)
+                cells = [task, row, cell(sample(runs, task, row, "return")), len(mine), f"{steps:,}", minutes]
+                table.append([*cells, f"`{flags.strip()}`" if flags.strip() and name.count("/") == 0 else ""])
+    return "\n".join(in_rows(table))
+
+
+def short(processor: str) -> str:
+    return re.sub(r"\(R\)| Processor.*", "", processor)
+
+
+def heading(claim) -> str:
+    return f"{claim.sentence} ({claim.decisions})" if claim.page == "claims.md" else claim.sentence
+
+
 def report(claims, data: Path, folder: Path, note: str = ""):
-    """Replaces the generated part of each claim's section on its page; one that has none yet gets it at the end."""
-    for name in sorted({claim.page for claim in claims}):
-        page = folder / name
-        text = page.read_text() if page.exists() else f"# Claims\n\n{note}\n"
-        for claim in (claim for claim in claims if claim.page == name):
-            begin = f"<!-- {claim.name}: made by `python -m experiments report` -->"
-            end = f"<!-- end of {claim.name} -->"
+    """Replaces the generated parts of each page; a claim that has none yet gets it at the end."""
+    for page in sorted({claim.page for claim in claims}):
+        path, mine = folder / page, [claim for claim in claims if claim.page == page]
+        text = path.read_text() if path.exists() else f"# Claims\n\n{note}\n"
+        parts = {"overview": overview(mine, data) if page == "claims.md" else results_table(mine, data)}
+        for name, part in (parts | {claim.name: block(claim, data) for claim in mine}).items():
+            begin, end = f"<!-- {name}: made by `python -m experiments report` -->", f"<!-- end of {name} -->"
             if begin not in text:
-                text += f"\n## {claim.sentence} ({claim.decisions})\n\n{begin}\n{end}\n"
+                title = next((heading(claim) for claim in mine if claim.name == name), "Overview")
+                text += f"\n## {title}\n\n{begin}\n{end}\n"
             pattern = re.escape(begin) + ".*?" + re.escape(end)
-            new = f"{begin}\n\n{block(claim, data)}\n\n{end}"
-            text = re.sub(pattern, lambda _: new, text, flags=re.DOTALL)
-        page.write_text(text)
+            text = re.sub(pattern, lambda _: f"{begin}\n{part}\n{end}", text, flags=re.DOTALL)
+        path.write_text(text)
+    for claim in claims:
+        if runs_of(claim, data):
+            (data / f"{claim.name}.txt").write_text(commands(claim, data) + "\n")
 
 
 def called(command: str) -> str:
