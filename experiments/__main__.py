@@ -1,8 +1,9 @@
 """The lecture's claims, each run, plotted and judged:  python -m experiments {list,run,plot,report,curves}
 
-Needs the extras: pip install -e ".[plot,mujoco,box2d,atari]"; and bench for soft-sb3.
+All but `list` need extras: pip install -e ".[plot,mujoco,box2d,atari]"; and bench for the claims peer-...
 """
 
+import re
 import signal
 import sys
 from importlib.util import find_spec
@@ -12,9 +13,6 @@ from typing import Annotated
 import tyro
 
 from common.flags import UserError, read_args
-
-if missing := [name for name in ("scipy", "filelock", "matplotlib") if find_spec(name) is None]:
-    sys.exit(f'error: {" and ".join(missing)} missing; pip install -e ".[plot]"')
 from experiments.claims import CLAIMS
 from experiments.judge import counted
 from experiments.report import report as write_report
@@ -44,6 +42,11 @@ def list_(commands: bool = False):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its reader, head perhaps, need not read all
     for claim in CLAIMS:
         print(shown(claim) if commands else shown(claim).partition("\n")[0])
+        page, figure = DOCS / claim.page, f"docs/figures/claim_{claim.name}.png"
+        if not commands and (ROOT / figure).exists():
+            part = page.read_text().partition(f"<!-- {claim.name}: made by")[2]
+            answers = re.search(r"<summary>What was expected: (.*?)</summary>", part)
+            print(f"{'':32}{answers[1]}; {figure}")
 
 
 def run(
@@ -144,6 +147,9 @@ def cli():
     for name in ("SIGTERM", "SIGHUP"):  # the latter is that of a closed terminal, which nohup ignores and Windows lacks
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
             signal.signal(getattr(signal, name), signal.default_int_handler)
+    missing = [name for name in ("scipy", "filelock", "matplotlib") if find_spec(name) is None]
+    if missing and {"run", "plot", "report", "curves"} & {*sys.argv[1:2]} and "--help" not in sys.argv:
+        sys.exit(f'error: {" and ".join(missing)} missing; pip install -e ".[plot]"')
     commands = {"list": list_, "run": run, "plot": plot, "report": report, "curves": curves}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__)

@@ -167,7 +167,7 @@ def plot_claim(claim, data: Path, folder: Path) -> Path | None:
         axes = draw_curves(left, lines, claim.x == "seconds", task)
         if one_seed:
             draw_marks(axes.axhline, {f"{name} (greedy)": value for name, value in marks.items()})
-        if one_seed or 1 < len(lines) <= 3:
+        if lines and (one_seed or 1 < len(lines) <= 3):
             left.legend(ncols=1 if one_seed else 2, **LEGEND)
         for each in right:
             name = claim.measures[0]

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import PermutationMethod, bootstrap, mannwhitneyu, trim_mean
 
 RATES = ", rate / 2", ", rate / 10"  # rows that differ from another one in the learning rate alone
 SEEDS = 5  # of fewer, such intervals are too narrow: they cover 75 % with three, 90 % with five, 94 % with twenty
@@ -15,6 +14,8 @@ class AtLeast(float):
 
 def iqm(values, axis=-1):
     """Interquartile mean: without the lowest and the highest quarter of the seeds, rounded down to whole seeds."""
+    from scipy.stats import trim_mean  # in functions: `list` does without it
+
     return trim_mean(values, 0.25, axis=axis)
 
 
@@ -24,12 +25,21 @@ def interval(*samples, statistic=iqm, at_least=SEEDS, **options) -> tuple:
     Resampled seeds lie among those measured, so the interval does not leave the possible range. Not a number with
     fewer seeds than `at_least`.
     """
+    from scipy.stats import bootstrap
+
     samples = [np.asarray(sample, float) for sample in samples]
     if min(sample.shape[-1] for sample in samples) < at_least:
         return (np.full(samples[0].shape[:-1], np.nan),) * 2
     options = {"n_resamples": 20_000, "method": "percentile", "rng": 0} | options
     found = bootstrap(samples, statistic, axis=-1, **options)
     return found.confidence_interval.low, found.confidence_interval.high
+
+
+def rank_test(*samples) -> float:
+    """p of Mann and Whitney's test, two-sided; exact up to five seeds a sample, ties included."""
+    from scipy.stats import PermutationMethod, mannwhitneyu
+
+    return mannwhitneyu(*samples, method=PermutationMethod(n_resamples=9999, rng=0)).pvalue
 
 
 @dataclass(frozen=True)
@@ -96,8 +106,7 @@ class Expect:
             answer = "open"
         if self.better != self.worse and (answer == "yes" or (answer == "no" and high < -self.margin)):
             shifted = np.asarray(better) + self.margin * (-1 if self.lower else 1)
-            exact = PermutationMethod(n_resamples=9999, rng=0)
-            answer += ", fragile" if mannwhitneyu(shifted, worse, method=exact).pvalue > 0.05 else ""
+            answer += ", fragile" if rank_test(shifted, worse) > 0.05 else ""
         return with_interval(middle, low, high) + rate, answer
 
 

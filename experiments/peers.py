@@ -72,11 +72,11 @@ def main(options: Options):
         sys.exit("Give --run-dir or --resume.")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # changes its speed, not its returns
-    folder, rows, before = Path(options.resume or options.run_dir), [], 0.0
+    folder, resumed, rows, before = Path(options.resume or options.run_dir), bool(options.resume), [], 0.0
     checkpoint, buffer, normal, metrics = (
         folder / f for f in ("checkpoint.pt", "buffer.pkl", "vec.pkl", "metrics.csv")
     )
-    if options.resume:
+    if resumed:
         options = Options(**json.loads((folder / "args.json").read_text()))
     algorithm = getattr(stable_baselines3, options.algorithm.upper())
     flags = dict(FLAGS.get((options.algorithm, options.env_id.partition("-")[0].removesuffix("Continuous")), {}))
@@ -85,11 +85,11 @@ def main(options: Options):
         (rate,) = flags["learning_rate"]
         flags["learning_rate"] = lambda left: rate * left
     envs = DummyVecEnv([lambda: Monitor(gym.make(options.env_id))] * num_envs)
-    if normalize and options.resume:
+    if normalize and resumed:
         envs = VecNormalize.load(normal, envs)
     elif normalize:
         envs = VecNormalize(envs, gamma=flags.get("gamma", 0.99))
-    if options.resume:
+    if resumed:
         model = algorithm.load(checkpoint, envs, device="cpu")
         if buffer.exists():
             model.load_replay_buffer(buffer)

@@ -108,7 +108,7 @@ def seeds_in_words(runs: list[dict]) -> str:
     """By task where they differ."""
     last = {task: max(int(run["seed"]) for run in runs if run["task"] == task) for task in {r["task"] for r in runs}}
     ends = sorted(set(last.values()))
-    return "Seed 100" if ends == [FIRST_SEED] else f"Seeds {FIRST_SEED} to {' or '.join(map(str, ends))}"
+    return "seed 100" if ends == [FIRST_SEED] else f"seeds {FIRST_SEED} to {' or '.join(map(str, ends))}"
 
 
 def commands(claim, data: Path) -> str:
@@ -156,27 +156,26 @@ def overview(claims, data: Path) -> str:
 
 
 def results_table(claims, data: Path) -> str:
-    """A row for each task and script."""
-    table = [["Task", "Script", "Return", "Seeds", "Steps", "Minutes a run", "Flags"]]
-    for claim in claims:
+    """A row for each task and script; those that stand beside a peer's have a table of their own."""
+    table = []
+    for claim in (claim for claim in claims if not claim.name.startswith("peer-")):
         runs, points = runs_of(claim, data), read(data / f"{claim.name}.curves.csv")
-        for task, rows in claim.tasks.items():
-            for row in rows:
-                mine = [run for run in runs if (run["task"], run["row"]) == (task, row)]
-                if not mine:
-                    continue
+        for task, row in ((task, row) for task, rows in claim.tasks.items() for row in rows):
+            if mine := [run for run in runs if (run["task"], run["row"]) == (task, row)]:
                 steps = max(int(point["env_steps"]) for point in points if (point["task"], point["row"]) == (task, row))
-                machines = " and ".join(sorted({short(run["processor"]) for run in mine}))
-                minutes = f"{mean(seconds_of(mine)) / 60:.2g} ({machines})"
-                name, _, flags = mine[0]["command"].partition(" ")
-                flags = re.sub(r"--(eval-episodes|env-id|total-timesteps|algorithm|checkpoint-every) \S+ ?", "", flags)
-                cells = [task, row, cell(sample(runs, task, row, "return")), len(mine), f"{steps:,}", minutes]
-                table.append([*cells, f"`{flags.strip()}`" if flags.strip() and name.count("/") == 0 else ""])
-    return "\n".join(in_rows(table))
+                minutes = mean(seconds_of(mine)) / 60
+                flags = re.sub(r"--(eval-episodes|env-id|total-timesteps) \S+ ?", "", mine[0]["command"] + " ")
+                cells = [task, row.partition(",")[0], cell(sample(runs, task, row, "return")), len(mine), f"{steps:,}"]
+                cells.append(f"{minutes:,.{0 if minutes >= 1 else 1}f}, {machines(mine)}")
+                table.append([*cells, f"`{flags.partition(' ')[2].strip()}`".replace("``", "")])
+    tasks = list(dict.fromkeys(task for task, *_ in table))
+    table.sort(key=lambda row: tasks.index(row[0]))
+    return "\n".join(in_rows([["Task", "Script", "Return", "Seeds", "Steps", "Minutes a run", "Flags"], *table]))
 
 
-def short(processor: str) -> str:
-    return re.sub(r"\(R\)| Processor.*", "", processor)
+def machines(runs: list[dict]) -> str:
+    names = {name for run in runs for name in re.split(r", then |one core of ", run["processor"]) if name}
+    return " and ".join(sorted({re.sub(r"\(R\)| Processor.*", "", name) for name in names}))
 
 
 def heading(claim) -> str:

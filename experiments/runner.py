@@ -19,8 +19,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean
 
-from filelock import FileLock
-
 from common.flags import ROOT
 from experiments.judge import AtLeast, counted
 
@@ -31,7 +29,7 @@ QUICK = {  # flags that make a run of each script a matter of seconds
     "a3c_async": "--total-timesteps 4000 --eval-episodes 2",
     "off_policy_ac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --no-compile",
     "sac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2 --no-compile",
-    "sb3_sac": "--total-timesteps 700 --learning-starts 300 --eval-episodes 2",
+    "peers": "--total-timesteps 700 --eval-episodes 2",
 }
 ANEW = {"a2c_lag", "a3c_accumulate"}  # variants with a state that is in no checkpoint: never resumed
 running = set()  # processes
@@ -279,6 +277,8 @@ def add(claim, data: Path, job: Job, made: dict):
             for env_steps, seconds, value in curve(log["charts/episodic_return"], results["env_steps"])
         ]
     data.mkdir(parents=True, exist_ok=True)
+    from filelock import FileLock
+
     with FileLock(data / ".lock"):  # another laboratory may be at work on other tasks of the claim
         # The curve first: a run that is in the other file is not made again
         for kind, names, new in (("curves", POINT, points), ("runs", RUN + list(claim.measures), [row])):

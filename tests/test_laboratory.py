@@ -25,8 +25,8 @@ from common.flags import check_ranges
 from experiments import runner
 from experiments.__main__ import cli
 from experiments.claims import CLAIMS, Claim
-from experiments.judge import SEEDS, AtLeast, Expect, Reach, interval, iqm, verdict
-from experiments.report import block, judged, report
+from experiments.judge import RATES, SEEDS, AtLeast, Expect, Reach, count_answers, interval, iqm
+from experiments.report import block, commands, judged, overview, report, slug
 from experiments.runner import (
     DATA,
     Job,
@@ -118,9 +118,23 @@ def test_an_aim_is_reached_by_the_mean_or_by_enough_seeds():
     assert found("diverged") == ("1 run diverged", "no") and found("diverged", seeds=4)[1] == "yes"
 
 
-def test_a_verdict():
-    assert verdict(["yes", "yes"]) == "holds" and verdict(["yes", "open"]) == verdict(["no", "yes"]) == "holds in part"
-    assert verdict(["open", "no"]) == "does not hold here" and verdict(["open", "open"]) == verdict([]) == "open"
+def test_an_answer_that_a_rank_test_does_not_share_is_fragile():
+    samples = {"a": [3.0, 5, 6, 9, 10], "b": [0.0, 1, 3, 4, 5], "c": [-1.0, 1, 6, 9, 10]}
+    assert Expect("a", "b").judge(lambda row, _: samples[row], 5)[1] == "yes, fragile"
+    assert Expect("b", "a", lower=True).judge(lambda row, _: samples[row], 5)[1] == "yes, fragile"
+    assert Expect("c", "a", margin=20).judge(lambda row, _: samples[row], 5)[1] == "yes"
+    assert count_answers(["yes", "open", "yes, fragile", "no"]) == "2 yes (1 fragile), 1 no, 1 open"
+
+
+def test_the_best_of_three_rates_is_compared():
+    samples = {"a": HIGH, "b": LOW, "b" + RATES[0]: [value + 8 for value in LOW], "b" + RATES[1]: LOW}
+    expect = Expect("a", "b", tuned=True)
+    assert expect.rows() == samples.keys() and str(expect).endswith("than with b, best of 3 rates")
+    found, answer = expect.judge(lambda row, _: samples[row], 5)
+    assert answer == "open" and found.startswith("1 [") and found.endswith(RATES[0])
+    found, answer = replace(expect, lower=True).judge(lambda row, _: samples[row], 5)
+    assert answer == "no" and found.startswith("-9 [")
+    assert expect.judge(lambda row, _: samples[row] if row != "b" + RATES[1] else [], 5) == ("not measured", "open")
 
 
 # --- Measures ---------------------------------------------------------------------------------------------------------
@@ -280,7 +294,7 @@ def test_a_row_of_which_one_command_has_some_runs_has_those_alone(tmp_path, monk
     assert not runner.runs_of(replace(TOY, tasks={"task": {"c": "a2c_sync.py"}, "other": {"a": "x"}}), tmp_path)
     # Nor does the figure show the others
     drawn, draw_curves = [], figures.draw_curves
-    monkeypatch.setattr(figures, "draw_curves", lambda *of: [drawn.append(of[1]), draw_curves(*of)])
+    monkeypatch.setattr(figures, "draw_curves", lambda *of: [drawn.append(of[1]), draw_curves(*of)][1])
     figures.plot_claim(TOY, tmp_path, tmp_path)
     assert {row: len(seeds) for row, seeds in drawn[0].items()} == {"a": 3, "b": 1}
 
@@ -296,7 +310,8 @@ def test_a_run_that_diverged_is_told_and_counts(tmp_path, monkeypatch):
         runner.add(TOY, tmp_path, Job("task", "b", seed, "a2c_sync.py"), MADE)
     ((_, _, found, answer),) = judged(TOY, read(tmp_path / "toy.runs.csv"))
     assert (found, answer) == ("1 run diverged", "open")
-    assert "| task | a | diverged | diverged | 5, diverged, 5, 5, 5 |" in block(TOY, tmp_path)
+    assert "| task | a | diverged | diverged |" in block(TOY, tmp_path)
+    assert "| task | a | diverged | diverged | 1 of 5 |" in block(replace(TOY, fails={"task": 5.0}), tmp_path)
 
 
 @pytest.mark.filterwarnings("error")
@@ -357,12 +372,27 @@ def test_a_log_axis_shows_what_is_not_positive(lowest, scale):
 
 def test_curves_of_which_one_is_much_longer_have_a_log_axis():
     """Which leaves out the beginning, where seconds are 0."""
-    from experiments.figures import draw_curves
+    from experiments.figures import draw_curves, plt
 
     lines = {row: [np.array([[10, 0.0, 1], [20, end / 2, 2], [30, end, 3]])] for row, end in (("a", 1.0), ("b", 50.0))}
-    assert axes_of(draw_curves, {"a": lines["a"]}, seconds=True)[1] == "linear"
-    _, scale, low, high = axes_of(draw_curves, lines, seconds=True)
-    assert scale == "log" and low == 0.01 and high > 50
+    assert draw_curves(plt.figure(), {"a": lines["a"]}, seconds=True).get_xscale() == "linear"
+    axes = draw_curves(plt.figure(), lines, seconds=True)
+    assert axes.get_xscale() == "log" and axes.get_xlim()[0] == 0.01 and axes.get_xlim()[1] > 50
+    plt.close("all")
+
+
+def test_more_than_three_rows_have_a_picture_each_beside_the_first():
+    from experiments.figures import draw_curves, plt
+
+    lines = {row: [np.array([[10, 1.0, 1], [20, 2.0, value]])] for row, value in zip("abcd", (2, 3, 4, 5))}
+    for names, pictures in (("abc", 1), ("abcd", 4)):
+        figure = plt.figure()
+        draw_curves(figure, {row: lines[row] for row in names}, title="task")
+        shown = [axes for axes in figure.axes if axes.get_visible()]
+        assert len(shown) == pictures
+    ends = [sorted({line.get_ydata()[-1] for line in axes.lines}) for axes in shown]
+    assert ends == [[2], [2, 3], [2, 4], [2, 5]] and [axes.get_title() for axes in shown] == list("abcd")
+    plt.close("all")
 
 
 def test_two_laboratories_at_once_lose_nothing(tmp_path):
@@ -425,7 +455,7 @@ def test_a_run_that_goes_on_elsewhere_has_the_circumstances_of_all_its_starts(tm
 
 def test_the_peers_log_is_on_the_disk_when_it_goes_on(tmp_path, monkeypatch):
     """Or the episodes before its checkpoint would be lost with a kill before the next one."""
-    from experiments import sb3_sac
+    from experiments import peers
 
     class SAC:
         num_timesteps = 50
@@ -440,13 +470,14 @@ def test_the_peers_log_is_on_the_disk_when_it_goes_on(tmp_path, monkeypatch):
         (".common", {}),
         (".common.callbacks", {"BaseCallback": object}),
         (".common.monitor", {"Monitor": lambda env: env}),
+        (".common.vec_env", {"DummyVecEnv": lambda _: None, "VecNormalize": None}),
     ):
         monkeypatch.setitem(sys.modules, f"stable_baselines3{name}", SimpleNamespace(**content))
     text = "env_steps,seconds,tag,value\n50,0.500,charts/episodic_return,4.0\n"
     (tmp_path / "metrics.csv").write_text(text + "90,0.900,charts/episodic_return,5.0\n")
     (tmp_path / "args.json").write_text('{"env_id": "CartPole-v1"}')
     with pytest.raises(RuntimeError, match=text):  # and not the one after the checkpoint
-        sb3_sac.main(sb3_sac.Options(resume=str(tmp_path)))
+        peers.main(peers.Options(resume=str(tmp_path)))
 
 
 def test_a_variant_with_a_state_of_its_own_is_made_anew(tmp_path, monkeypatch):
@@ -577,6 +608,9 @@ def test_the_page_is_made_of_the_data_in_the_repository(tmp_path):
     pages = {claim.page for claim in CLAIMS}
     for page in pages:
         shutil.copy(ROOT / "docs" / page, tmp_path)
+    for claim in CLAIMS:  # which report writes, too
+        if runner.runs_of(claim, DATA):
+            assert (DATA / f"{claim.name}.txt").read_text() == commands(claim, DATA) + "\n"
     report(CLAIMS, DATA, tmp_path)
     for page in pages:
         assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text()
@@ -596,9 +630,7 @@ def test_the_figures_are_of_the_data_in_the_repository():
 
 
 def test_a_claims_block_has_the_numbers(tmp_path):
-    assert block(TOY, tmp_path).endswith(
-        "    python a2c_sync.py --gamma 0.9 --seed 100\n    python a2c_sync.py --seed 100"
-    )
+    assert block(TOY, tmp_path) == "Not measured yet."
     rows = [("a", seed, value) for seed, value in enumerate(HIGH, 100)] + [("b", s, v) for s, v in enumerate(LOW, 100)]
     names = runner.RUN + ["return", "training return"]
     data = [
@@ -609,12 +641,18 @@ def test_a_claims_block_has_the_numbers(tmp_path):
     ((task, _, found, answer),) = judged(TOY, read(tmp_path / "toy.runs.csv"))
     assert (task, answer) == ("task", "yes") and re.fullmatch(r"9 \[[678][.\d]*, 1[01][.\d]*\]", found)
     text = block(TOY, tmp_path)
-    assert "**Verdict: holds** (1 yes, 0 no, 0 open)." in text
-    assert re.search(r"\| task \| a \| 12 \[1\d[.\d]*, 1\d[.\d]*\] \| 1 \[1, 1\] \| 10, 11, 12, 13, 14 \|", text)
-    assert "Seeds 100 to 104" in text and "6 runs by earlier code." in text  # of those that are declared
+    assert "What was expected: 1 yes, 0 no, 0 open (seeds 100 to 104, 6 runs by earlier code)" in text  # if declared
+    assert re.search(r"\| task \| a \| 12 \[1\d[.\d]*, 1\d[.\d]*\] \| 1 \[1, 1\] \|", text)
+    assert commands(TOY, tmp_path).startswith("python -m x --seed 100")
+    assert "](#toys-d0) |  | 1 yes, 0 no, 0 open | 5 |" in overview([TOY], tmp_path) and slug("A, b. (D1)") == "a-b-d1"
+    assert "chance alone would answer about 0 of them" in overview([TOY], tmp_path)
     runner.write(tmp_path / "toy.runs.csv", names, data[:3])
-    assert "| task | a | 11 (3 seeds) | 1 (3 seeds) | 10, 11, 12 |" in block(TOY, tmp_path)
-    measures = Claim("toy", "", "", {"one": {"": "x"}, "two": {"": "x"}}, [], ("return", "training return"))
+    assert "| task | a | 11 (3 seeds) | 1 (3 seeds) |" in block(TOY, tmp_path)
+    rated = replace(TOY, tasks={"task": {"a": "x", "a" + RATES[0]: "x", "a" + RATES[1]: "x"}})
+    runner.write(tmp_path / "toy.runs.csv", names, data[:3] + [row | {"row": "a" + RATES[1]} for row in data[:2]])
+    assert "|  | return | rate / 2 | rate / 10 | training" in block(rated, tmp_path)
+    assert "| task | a | 11 (3 seeds) |  | 10.5 (2 seeds) | 1 (3 seeds) |" in block(rated, tmp_path)
+    measures = Claim("toy", "", "", {"one": {"": "x"}, "two": {"": "x"}}, [], measures=("return", "training return"))
     runner.write(tmp_path / "toy.runs.csv", names, [row | {"task": "two", "row": ""} for row in data[:5]])
     assert re.search(r"\|  \| one \| two \|\n\|---\|---\|---\|\n\| return \|  \| 12 \[", block(measures, tmp_path))
 
@@ -622,10 +660,16 @@ def test_a_claims_block_has_the_numbers(tmp_path):
 VARIANTS = sorted(path.stem for path in (ROOT / "experiments" / "variants").glob("*.py"))
 
 
-def test_a_package_that_is_missing_is_named():
-    hide = "import sys; sys.modules['scipy'] = sys.modules['filelock'] = None; import experiments.__main__"
-    done = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "scipy" in done.stderr
+@pytest.mark.parametrize("word, status", [("report", 1), ("list", 0)])
+def test_a_package_that_is_missing_is_named(word, status):
+    """The list needs none of them."""
+    hide = "import sys; sys.modules |= dict.fromkeys(('scipy', 'filelock', 'matplotlib')); sys.argv = ['x', '%s']; "
+    hide += "from experiments.__main__ import cli; cli()"
+    done = subprocess.run(
+        [sys.executable, "-c", hide % word], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == status and ("scipy" in done.stderr and done.stderr.count("\n") == 1) == (word == "report")
+    assert ("trunk" in done.stdout and "figures/claim_trunk.png" in done.stdout) == (word == "list")
 
 
 def test_every_variant_is_in_a_claim_and_short():
