@@ -1,0 +1,251 @@
+"""The repository as a website that works from a folder, without network:  python -m experiments.site
+
+Made of the scripts, tests and docs themselves. Needs the extra: pip install -e ".[site]"
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from html import escape, unescape
+from itertools import groupby, zip_longest
+from pathlib import Path
+from string import Template
+
+import tyro
+from markdown_it import MarkdownIt
+
+from common.flags import ROOT
+from experiments.annotate import BANNER, Script, coloured, linked, prose
+
+PARENTS = {"a2c_sync": None, "a3c_async": "a2c_sync", "off_policy_ac": "a2c_sync", "sac": "off_policy_ac"}
+LOOK = Path(__file__).parent / "look"  # page.html, site.css, site.js, fonts
+
+
+def slug(title: str) -> str:
+    title = unescape(re.sub("<.*?>", "", title))
+    return m[0].lower() if (m := re.match(r"D\d+(?= )", title)) else re.sub(r"\W+", "-", title.lower()).strip("-")
+
+
+def document(text: str) -> str:
+    """A file of docs/ in HTML: headings have anchors, and links to other files lead to their pages."""
+    highlighted = {"html": True, "linkify": False, "highlight": lambda code, name, _: coloured(code, name or "text")}
+    html = MarkdownIt("gfm-like", highlighted).render(text)
+    html = re.sub(r"<pre><code[^>]*>(.*?)</code></pre>", r'<pre class="block">\1</pre>', html, flags=re.DOTALL)
+    html = re.sub(r'href="(?:docs/)?(a2c_sync|a3c_async|off_policy_ac|sac)\.md', r'href="\1-notes.html', html)
+    html = re.sub(r'href="(?:docs/)?(\w+)\.md', r'href="\1.html', html).replace('src="docs/', 'src="')
+    html = re.sub(r"<h([23])>(.*?)</h", lambda h: f'<h{h[1]} id="{slug(h[2])}">{h[2]}</h', html)
+    html = re.sub(r"<table>.*?</table>", r'<div class="wide">\g<0></div>', html, flags=re.DOTALL)
+    return re.sub(r"<td>(yes|no|open)</td>", r'<td><b class="badge \1">\1</b></td>', html)
+
+
+def in_sections(sections: dict[str, tuple[str, str]]) -> str:
+    """From name -> count and content: links to all, and all; what comes before the first banner is closed at first."""
+    links, html = "", ""
+    for name, (count, content) in sections.items():
+        title = f"<h2>{name} {count}</h2>"
+        content = f"<details><summary>{title}</summary>{content}</details>" if "mports" in name else title + content
+        links += f'<a href="#{slug(name)}">{name} {count}</a>'
+        html += f'<section id="{slug(name)}">{content}</section>'
+    return f'<nav class="sections">{links}</nav>{html}'
+
+
+# --- Scripts, and their differences -----------------------------------------------------------------------------------
+
+
+def annotated(script: Script, decisions: str, claims: list[dict]) -> str:
+    """A script, beside the decisions that it is about, and what came out of the claims about these."""
+    links, items, parent = "", "", PARENTS[script.name]
+    if parent:
+        links = f'<a href="diff-{script.name}.html">What changed since {parent}.py</a>'
+    low, high = map(int, re.search(r"decisions D(\d+)(?:-D| and D)(\d+)", script.docstring).groups())
+    for number, title in re.findall(r"^### D(\d+) (.*)", decisions, re.MULTILINE)[low - 1 : high]:
+        about = " ".join(badge(claim) + dots(claim) for claim in claims if cites(claim["decisions"], number))
+        items += f'<li><a href="decisions.html#d{number}"><b>D{number}</b> {title}</a> {about}</li>'
+    sections = {
+        name: (f"<small>{sum(len(lines) for _, lines in rows)}</small>", "".join(script.row(*row) for row in rows))
+        for name, rows in script.sections.items()
+    }
+    return (
+        f'<header class="script"><h1>{script.name}.py</h1><p class="chips">{links}<a href="{script.name}-notes.html">'
+        f'Metrics, details, choices</a></p>{script.head()}</header><aside class="card"><h3>The lecture\'s decisions '
+        f"here</h3><ul>{items}</ul></aside>{in_sections(sections)}"
+    )
+
+
+def cells(parent: Script, child: Script, pairs) -> str:
+    """Lines of both, side by side; from pairs of (sign, line number)."""
+    html = ""
+    for pair in pairs:
+        for side, script, (sign, n) in zip("lr", (parent, child), (cell or ("none", 0) for cell in pair)):
+            content = f'<a href="{script.link(n)}">{n}</a>{script.coloured[n - 1]}' if n else ""
+            kind = {" ": "same", "-": "del", "+": "add"}.get(sign, sign)
+            html += f'<pre class="{side} {kind}">{content}</pre>'
+    return f'<div class="g">{html}</div>' if html else ""
+
+
+def folded(parent: Script, child: Script, pairs, what: str) -> str:
+    """Lines behind a title, which names the functions and classes in them."""
+    lines = ((child if new else parent).lines[(new or old)[1] - 1] for old, new in pairs)
+    found = (re.match(r"(?:def|class) (\w+)", line) for line in lines)
+    names = ", ".join(m[1] for m in found if m)
+    title = f"{len(pairs)} {what} lines" + f": <code>{names}</code>" * bool(names)
+    return f"<details><summary>{title}</summary>{cells(parent, child, pairs)}</details>"
+
+
+def difference(parent: Script, child: Script) -> str:
+    """Side by side, by section; folded what did not change, but for the lines around a change."""
+    command = ["git", "diff", "--no-index", "-w", "--histogram", "-U9999", f"{parent.name}.py", f"{child.name}.py"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    found, left, right = {"Docstring, imports": []}, 0, 0
+    for line in text[text.index("\n@@") :].splitlines()[2:]:
+        if banner := re.match(rf".{BANNER}", line):
+            found[banner[1]] = found.get(banner[1], [])
+        left, right = left + (line[0] != "+"), right + (line[0] != "-")
+        lines = [*found.values()][-1]
+        if lines or line.strip() and not (banner and line[0] == " "):  # neither the banner nor the lines below it
+            lines.append((line[0], left, right))
+    sections, total = {}, {sign: sum(line[0] == sign for lines in found.values() for line in lines) for sign in "+-"}
+    for name, lines in found.items():
+        html, groups = "", [(same, [*group]) for same, group in groupby(lines, lambda line: line[0] == " ")]
+        for i, (same, group) in enumerate(groups):
+            if same:
+                pairs = [((" ", left), (" ", right)) for _, left, right in group]
+                first, last = 3 * (i > 0), len(pairs) - 3 * (i < len(groups) - 1)
+                first, last = (first, last) if last - first > 3 else (0, 0)
+                html += cells(parent, child, pairs[:first])
+                html += folded(parent, child, pairs[first:last], "unchanged") if last else ""
+                html += cells(parent, child, pairs[last:])
+            else:
+                gone = [(sign, left) for sign, left, _ in group if sign == "-"]
+                new = [(sign, right) for sign, _, right in group if sign == "+"]
+                pairs = [*zip_longest(gone, new)]
+                few = new or len(gone) < 12
+                html += cells(parent, child, pairs) if few else folded(parent, child, pairs, "removed")
+        more, less = (sum(sign == s for sign, *_ in lines) for s in "+-")
+        count = f"<ins>+{more}</ins> <del>−{less}</del>" if more + less else "unchanged"
+        sections[name] = f"<small>{count}</small>", html
+    about = prose(re.search(r"Against .*?\n\n", child.docstring, re.DOTALL)[0])
+    title = " → ".join(f'<a href="{script.name}.html">{script.name}.py</a>' for script in (parent, child))
+    about += f"<p>{total['+']} lines are new, {total['-']} gone; a change of indentation is none.</p>"
+    return f'<header class="script"><h1>{title}</h1>{about}</header><div class="diff">{in_sections(sections)}</div>'
+
+
+# --- Claims and decisions ---------------------------------------------------------------------------------------------
+
+
+def claims_of(text: str) -> list[dict]:
+    """The sections of claims.md that were run, each with its row of the table at the top."""
+    claims = []
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        if found := re.search(r"^<!-- end of ([\w-]+) -->", section, re.MULTILINE):
+            name, (title, decisions) = found[1], re.match(r"(.*) \((.*)\)", section).groups()
+            row = re.search(rf"^\| \[{name}\]\(.*?\) \| (.*) \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+            finding, counts, seeds, minutes = row.groups()
+            answers = re.findall(r"(\d+) (yes|no|open)(?: \((\d+) fragile)?", counts)
+            claims.append(dict(name=name, title=title, decisions=decisions, finding=MarkdownIt().renderInline(finding),
+                               counts=counts, answers=answers, made=f"{seeds} seeds, {minutes} minutes",
+                               text=f"## {section}"))  # fmt: skip
+    return claims
+
+
+def cites(text: str, number: str) -> bool:
+    return bool(re.search(rf"\bD{number}[ab]?\b", text))
+
+
+def dots(claim: dict) -> str:
+    """A dot for each answer; fragile ones are hollow."""
+    html = ""
+    for number, word, fragile in claim["answers"]:
+        hollow = int(fragile or 0)
+        html += f'<i class="{word}"></i>' * (int(number) - hollow) + f'<i class="{word} fragile"></i>' * hollow
+    return f'<span class="answers" title="{claim["counts"]}">{html}</span>'
+
+
+def badge(claim: dict) -> str:
+    return f'<a class="badge" href="claim-{claim["name"]}.html" title="{escape(claim["title"])}">{claim["name"]}</a>'
+
+
+def dashboard(claims: list[dict], rest: str) -> str:
+    """A row for each claim; then how to read them."""
+    html = '<h1>The lecture\'s claims, run</h1><div class="claims">'
+    for c in claims:
+        html += (
+            f'<article><a class="thumb" href="claim-{c["name"]}.html"><img src="figures/claim_{c["name"]}.png" '
+            f'loading="lazy" alt="{c["name"]}"></a><div><h3><a href="claim-{c["name"]}.html">{escape(c["title"])}</a>'
+            f'</h3><p>{c["finding"]}</p></div><div class="facts">{dots(c)}<span>{c["counts"]}</span>'
+            f"<span>{linked(c['decisions'])}</span><span>{c['made']}</span></div></article>"
+        )
+    return f"{html}</div>{rest}"
+
+
+def decisions_table(text: str, scripts: list[Script], claims: list[dict]) -> str:
+    """For each decision the lines that cite it, its claims, and the tests whose docstrings name it."""
+    tests = "\n".join(path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py")))
+    tests = re.findall(r'^def (test_\w+)\([^)]*\):\n    """([^"]*)"""', tests, re.MULTILINE)
+    html = '<div class="wide"><table class="decisions"><tr><th>Decision<th>In the code<th>Claims<th>Tests</tr>'
+    for number, title in re.findall(r"^### D(\d+) (.*)", text, re.MULTILINE):
+        code = ""
+        for script in scripts:
+            lines = {script.beside.get(n, n) for n, line in enumerate(script.lines, 1) if cites(line, number)}
+            links = ", ".join(f'<a href="{script.name}.html#L{n}">{n}</a>' for n in sorted(lines) if n > script.begin)
+            code += f"<div><code>{script.name}.py</code> {links}</div>" if links else ""
+        about = " ".join(badge(claim) for claim in claims if cites(claim["decisions"], number))
+        proofs = "".join(f"<div><code>{name}</code></div>" for name, about in tests if cites(about, number))
+        html += f'<tr><th><a href="#d{number}">D{number} {title}</a><td>{code}<td>{about}<td>{proofs}</tr>'
+    return html + "</table></div>"
+
+
+# --- Pages ------------------------------------------------------------------------------------------------------------
+
+
+def pages() -> dict[str, tuple[str, str, str]]:
+    """Name -> title, layout, content."""
+    scripts = {name: Script(name) for name in PARENTS}
+    docs = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+    claims, parts = claims_of(docs["claims"]), re.split(r"^(?=## )", docs["claims"], flags=re.MULTILINE)
+    made = {"index": ("Actor-critic", "doc", document((ROOT / "README.md").read_text()))}
+    for name, script in scripts.items():
+        made[name] = f"{name}.py", "code", annotated(script, docs["decisions"], claims)
+        made[f"{name}-notes"] = f"{name}.py: notes", "doc", linked(document(docs.pop(name)))
+        if parent := PARENTS[name]:
+            made[f"diff-{name}"] = f"{parent}.py → {name}.py", "code", difference(scripts[parent], script)
+    for claim in claims:
+        text = document(claim["text"].partition("\n")[2])
+        head = f'<p class="chips"><a href="claims.html">All claims</a>{dots(claim)}'
+        head += f"<span>{linked(claim['decisions'])}</span></p><h1>{escape(claim['title'])}</h1>"
+        head += f'<p class="lead">{claim["finding"]}</p>'
+        made[f"claim-{claim['name']}"] = claim["title"], "doc board claim", head + linked(text)
+    made |= {name: (re.match("# (.*)", text)[1], "doc", document(text)) for name, text in docs.items()}
+    intro = re.sub(r"<!-- overview.*", "", parts[0].partition("\n")[2], flags=re.DOTALL)
+    rest = document(intro + "".join(part for part in parts[1:] if "<!-- end of" not in part))
+    made["claims"] = "Claims", "doc board", dashboard(claims, rest)
+    table = decisions_table(docs["decisions"], [*scripts.values()], claims)
+    html = re.sub(r'<div class="wide">.*?</div>', lambda _: table, made["decisions"][2], count=1, flags=re.DOTALL)
+    made["decisions"] = "Decisions", "doc board", html
+    return made
+
+
+def main(out: Path = Path("site")):
+    """Args:
+    out: folder of the pages
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(ROOT / "docs" / "figures", out / "figures")
+    shutil.copytree(LOOK, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("page.html"))
+    template, index = Template((LOOK / "page.html").read_text()), []
+    for name, (title, layout, html) in (made := pages()).items():
+        toc = re.findall(r'<h2 id="(.*?)">(.*?)</h2>', html) if layout == "doc" else []
+        toc = "".join(f'<a href="#{anchor}">{re.sub("<.*?>", "", heading)}</a>' for anchor, heading in toc)
+        page = template.substitute(title=escape(title), layout=layout, content=html, toc=toc)
+        (out / f"{name}.html").write_text(page)
+        for part in re.split(r'(?=<h[23] id=|<section id=|<div class="row top")', html):
+            anchor = f"#{m[1]}" if (m := re.search(r'id="([^"]+)"', part)) else ""
+            words = unescape(re.sub("<[^>]*>", " ", part)).split()
+            index.append([title, f"{name}.html{anchor}", " ".join(words)[:1500]])
+    (out / "search.js").write_text(f"INDEX = {json.dumps(index, ensure_ascii=False)}")
+    print(f"{len(made)} pages: {(out / 'index.html').resolve()}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
