@@ -3,19 +3,22 @@
 import errno
 import json
 import os
+import platform
 import random
+import subprocess
 import sys
-import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.flags import UserError, read_args
+from common.flags import ROOT, UserError, read_args
 
 FORMAT = "actor-critic checkpoint 3"
 
@@ -32,10 +35,23 @@ def find_folder(args, script: str) -> tuple[str, dict | None]:
             )
         return str(args.resume), saved
     env = args.env_id.replace("/", "-").replace(":", "-")
-    name = str(f"runs/{env}__{script}__{args.seed}__{time.time_ns()}" if args.run_dir is None else args.run_dir)
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    name = str(f"runs/{env}__{script}__{args.seed}__{now}" if args.run_dir is None else args.run_dir)
     if not name or os.path.exists(name) and (os.path.isfile(name) or os.listdir(name)):
         raise UserError(f"--run-dir {name!r} is already in use; name another, or go on with --resume.")
     return name, None
+
+
+def made_with(env_id: str) -> dict:
+    """Versions of what a run's numbers depend on, and the commit of the code; None outside a checkout."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "gymnasium", "numpy", "mujoco", "box2d", "ale_py", env_id.partition(":")[0]):
+        with suppress(metadata.PackageNotFoundError, ValueError):
+            found[name] = metadata.version(name)
+    with suppress(OSError):  # no git
+        describe = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"]
+        found["commit"] = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+    return found
 
 
 def write_json(path: Path, content: dict):

@@ -12,7 +12,7 @@ from functools import partial
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
 from gymnasium.vector.async_vector_env import AsyncState
 from gymnasium.wrappers.vector import NormalizeObservation
@@ -223,6 +223,15 @@ def newer(env_id: str) -> str:
     return "".join(f" Did you mean {re.sub(o, n, env_id)}?" for o, n in TODAY.items() if re.fullmatch(o, env_id))
 
 
+def image_hint(space) -> str:
+    """What is wrong with images."""
+    if space.dtype != np.uint8:
+        return "scale images to uint8, 0 to 255 (gymnasium.wrappers.TransformObservation)"
+    if space.shape[2] < 36 <= space.shape[0]:
+        return "channels must come first, obs.transpose(2, 0, 1) (gymnasium.wrappers.TransformObservation)"
+    return "images must be at least 36 x 36 (gymnasium.wrappers.ResizeObservation)"
+
+
 def check_spaces(envs, args, images: bool, discrete: bool):
     """Raises UserError, naming the spaces, for those that a script does not take."""
     obs, actions = envs.single_observation_space, envs.single_action_space
@@ -231,10 +240,11 @@ def check_spaces(envs, args, images: bool, discrete: bool):
     box = isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded() and actions.dtype.kind == "f"
     for fits, words in (
         (envs.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP, "it must have the autoreset mode NEXT_STEP"),
-        (vector or image or not images, "use vectors (gymnasium.wrappers.FlattenObservation), or images of uint8, "
-         "channels first, at least 36 x 36"),
+        (vector or image or not images, image_hint(obs) if len(obs.shape or ()) == 3 else
+         "use vectors (gymnasium.wrappers.FlattenObservation) or images"),
         (vector or images, "this script takes vectors; for images use a2c_sync.py or a3c_async.py"),
         (vector or not getattr(args, "normalize_obs", False), "--normalize-obs is for vectors"),
+        (not isinstance(actions, MultiDiscrete), "make one Discrete of them, which an ActionWrapper takes apart"),
         (box or isinstance(actions, Discrete), "actions must be Discrete or a bounded one-dimensional float Box"),
         (box or discrete, "this script needs continuous actions; for discrete ones use off_policy_ac.py"),
     ):  # fmt: skip

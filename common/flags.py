@@ -46,7 +46,8 @@ class RunArgs:
     run_dir: str | None = None  # folder of all that is written; by default runs/<env>__<script>__<seed>__<time>
     resume: str | None = None  # run folder to go on with: all flags are those of then, except those given beside it
     checkpoint_every: Count | None = None  # steps between checkpoints, which reset environments; by default 10 a run
-    eval_episodes: Count = 20  # episodes of the greedy evaluation at the end
+    eval_episodes: Count = 20  # episodes of a greedy evaluation, which there is at the end
+    eval_every: Count | None = None  # steps between more of them, logged as eval/return
 
 
 def check_ranges(args):

@@ -60,13 +60,25 @@ class Logger:
             means = [sum(column) / len(self._episodes) for column in zip(*self._episodes)]
             values |= zip(("charts/episodic_return", "charts/episodic_length"), means)
             self._episodes = []
-            self._bar.set_postfix_str(f"return {self.recent_return():.1f}", refresh=False)
-        for tag, value in values.items():
-            self._events.add_scalar(tag, value, env_steps)
+            self._bar.set_postfix_str(f"mean return of 100 episodes {self.recent_return():.1f}", refresh=False)
+        self._draw(env_steps, values)
         self._bar.update(env_steps - self._bar.n)
+
+    def evaluation(self, env_steps: int, mean_return: float):
+        """Logs a greedy evaluation amid the training."""
+        self._write(env_steps, {"eval/return": mean_return})
+        self._draw(env_steps, {"eval/return": mean_return})
+
+    def flags(self, flags: dict):
+        rows = (f"| {name} | {value} |" for name, value in flags.items())
+        self._events.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]))
 
     def _write(self, env_steps: int, values: dict):
         self._csv.writelines(f"{env_steps},{self.seconds():.3f},{tag},{value!r}\n" for tag, value in values.items())
+
+    def _draw(self, env_steps: int, values: dict):
+        for tag, value in values.items():
+            self._events.add_scalar(tag, value, env_steps)
 
     def close(self):
         for each in (self._csv, self._events, self._bar):

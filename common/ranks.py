@@ -120,6 +120,10 @@ class DistributedRun(Run):
             self._gather_episodes()
         super().log(metrics)
 
+    def _evaluate(self):
+        if RANK == 0:
+            super()._evaluate()
+
     def _gather_episodes(self):
         """On the first rank, the episodes that the others have seen end since the last call."""
         things = gathered(getattr(self.logger, "unsent", []))

@@ -63,7 +63,7 @@ class Run:
         self.args, self.script = args, Path(script)
         self._made_by = {"script": self.script.stem}
         self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-        self.env_steps = self.updates = self._new_steps = self._next_log = self._saved_steps = 0
+        self.env_steps = self.updates = self._new_steps = self._next_log = self._saved_steps = self._eval_steps = 0
         self._stop_signal, self._is_trained = None, False
         self.name, self._saved = self.find_folder(args, self.script.stem)
         self.dir = Path(self.name).absolute()  # an environment may change the working directory
@@ -119,12 +119,16 @@ class Run:
             self.logger = Logger(self.dir, args.total_timesteps, self.env_steps, log)
             stack.callback(self.logger.close)
             (self.dir / "results.json").unlink(missing_ok=True)  # until it holds for the longer run
-            checkpoint.write_json(self.dir / "args.json", self._made_by | vars(args) | {"resume": None})
+            flags = self._made_by | vars(args) | {"resume": None}
+            checkpoint.write_json(self.dir / "args.json", flags | {"made_with": checkpoint.made_with(args.env_id)})
+            self.logger.flags(flags)
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", "its name is not UTF-8")
             reason = "another process uses it" if isinstance(error, BlockingIOError) else reason
             raise UserError(f"The run folder {self.name!r} cannot be used: {reason}.") from None
         tqdm.write(f"{self.script.name} on {args.env_id}, {self.device}, run folder {self.name}", file=sys.stderr)
+        if self.env_steps >= args.total_timesteps:
+            tqdm.write("Nothing is left to train; a larger --total-timesteps trains on.", file=sys.stderr)
 
     def _restore(self, saved: dict):
         try:
@@ -141,7 +145,8 @@ class Run:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"The checkpoint in {self.name!r} does not fit these flags: {reason}.") from None
         self.env_steps, self.updates, self._next_log = saved["env_steps"], saved["updates"], saved["next_log"]
-        self._saved_steps, self._env_state = self.env_steps, saved["parts"]["envs"]
+        self._saved_steps = self._eval_steps = self.env_steps
+        self._env_state = saved["parts"]["envs"]
         checkpoint.restore_random(saved["random"])
 
     def _on_signal(self, number, _frame):
@@ -210,6 +215,17 @@ class Run:
                 if name.endswith("loss") and not math.isfinite(value):
                     raise FloatingPointError(name)
             self.logger.log(self.env_steps, metrics)
+        every = self.args.eval_every
+        if every and self.env_steps // every > self._eval_steps // every:
+            self._eval_steps = self.env_steps
+            self._evaluate()
+
+    def _evaluate(self):
+        """Leaves the training's random numbers as they are."""
+        random, parts = checkpoint.random_state(), self._parts
+        returns, _ = evaluate(parts["agent"], self.args, parts["envs"].state_dict(), self.args.eval_episodes)
+        checkpoint.restore_random(random)
+        self.logger.evaluation(self.env_steps, float(np.mean(returns)))
 
     def finish(self, **extra) -> dict:
         """Last checkpoint, greedy evaluation, results.json, summary. `extra` goes into results.json."""

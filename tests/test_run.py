@@ -1,6 +1,7 @@
 """What a run promises for every script: signals, locks, a caller left as he was, numbers that are finite, its files."""
 
 import gc
+import json
 import multiprocessing
 import os
 import random
@@ -317,7 +318,9 @@ def test_a_folder_in_use_by_a_live_run_is_refused(workdir):
 
 def test_every_run_gets_a_folder_of_its_own(workdir):
     short_run(run_dir=None), short_run(run_dir=None)
-    assert [bool(re.fullmatch(r"CartPole-v1__a2c_sync__1__\d+", name)) for name in os.listdir("runs")] == [True, True]
+    assert [
+        bool(re.fullmatch(r"CartPole-v1__a2c_sync__1__\d{8}-\d{6}-\d{6}", name)) for name in os.listdir("runs")
+    ] == [True, True]
 
 
 def test_a_file_system_without_locks_is_good_enough(workdir, monkeypatch):
@@ -353,6 +356,30 @@ def test_files_and_tags_of_a_run_folder(workdir, capsys, name):
     printed = capsys.readouterr().out
     assert f"greedy return {end['eval_return_mean']:.1f} ± {end['eval_return_std']:.1f} over 3 episodes" in printed
     assert f"after {end['env_steps']:,} environment steps" in printed and "tensorboard --logdir run" in printed
+
+
+@pytest.mark.parametrize("name", ["a2c_sync", "off_policy_ac"])
+def test_evaluations_amid_the_training_leave_no_trace_in_it(workdir, name):
+    """Their number is in metrics.csv and TensorBoard; args.json knows what made the run."""
+    flags = {"updates_per_step": 0.1, "learning_starts": 50} if name == "off_policy_ac" else {}
+    ends = [
+        short_run(SCRIPTS[name], total_timesteps=1000, run_dir=folder, eval_every=every, eval_episodes=2, **flags)
+        for folder, every in (("with", 300), ("without", None))
+    ]
+    rows = metrics("with")
+    evaluated = [(steps, pytest.approx(float(value))) for steps, tag, value in rows if tag == "eval/return"]
+    assert [steps // 300 for steps, _ in evaluated] == [1, 2, 3] and events("with")["eval/return"] == evaluated
+    assert [row for row in rows if row[1] != "eval/return"] == metrics("without")
+    assert same(checkpoint("with")["parts"], checkpoint("without")["parts"])
+    assert ends[0]["eval_return_mean"] == ends[1]["eval_return_mean"]
+    made_with = json.loads(Path("with/args.json").read_text())["made_with"]
+    assert made_with["torch"] == torch.__version__ and re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", made_with["commit"])
+
+
+def test_a_finished_run_has_nothing_left_to_train(workdir, capsys):
+    short_run()
+    resume("run")
+    assert "Nothing is left to train" in capsys.readouterr().err
 
 
 def test_an_environment_may_change_the_working_directory(workdir, monkeypatch):

@@ -131,6 +131,7 @@ UNUSUAL = {
     "MatrixObs": with_spaces(Box(0, 255, (84, 84), np.uint8)),
     "ChannelsLast": with_spaces(Box(0, 255, (84, 84, 3), np.uint8)),
     "FloatImage": with_spaces(Box(0.0, 1.0, (3, 84, 84), np.float32)),
+    "SmallImage": with_spaces(Box(0, 255, (3, 20, 20), np.uint8)),
     "MultiDiscreteActions": with_spaces(VECTOR, MultiDiscrete([2, 2])),
     "UnboundedActions": with_spaces(VECTOR, Box(-np.inf, np.inf, (2,), np.float32)),
     "SixFrames": with_spaces(Box(0, 255, (18, 84, 84), np.uint8)),  # the only one that the scripts take
