@@ -1,6 +1,7 @@
 """Greedy evaluation of a run:  python evaluate.py RUN_DIR [--episodes N] [--video]"""
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ def write_video(agent, args: RunArgs, env_state: dict, run_dir: Path, seed: int 
         import imageio_ffmpeg
     except ImportError:
         raise UserError('--video needs an extra: pip install -e ".[video]"') from None
+    for driver in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):  # pictures need neither
+        os.environ.setdefault(driver, "dummy")
     path, temporary, shapes, writer = run_dir / "video.mp4", run_dir / "video.tmp.mp4", [], None
 
     def write(envs, obs):

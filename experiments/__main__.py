@@ -6,6 +6,7 @@ All but `list` need extras: pip install -e ".[plot,mujoco,box2d,atari]"; and ben
 import re
 import signal
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -15,11 +16,12 @@ import tyro
 from common.flags import UserError, read_args
 from experiments.claims import CLAIMS
 from experiments.judge import counted
+from experiments.report import block, shown
 from experiments.report import report as write_report
-from experiments.report import shown
 from experiments.runner import DATA, ROOT, read_log, run_claim
 
 DOCS = ROOT / "docs"
+OF_ONE_RUN = {"seed", "run_dir", "resume", "job", "made_with"}  # in args.json; all else makes another curve
 Name = Annotated[str, tyro.conf.Positional]
 
 
@@ -56,7 +58,7 @@ def run(
     jobs: int = 2,
     quick: bool = False,
     fresh: bool = False,
-    out: Path = Path("runs/claims"),
+    out: Path | None = None,
 ):
     """Makes the runs that a claim's data lacks, then its figure and table, all of which are in the repository.
 
@@ -65,13 +67,14 @@ def run(
         task: only the tasks whose name begins so
         seeds: as many, from 100 on; by default what the claim says, or one with --quick
         jobs: runs at a time, one thread each; claims about time take one
-        quick: a short run of everything, which says nothing; data, figures and page go to the folder of the runs
+        quick: a short run of everything, which says nothing; data, figures and page go to the folder of the runs, by
+            default a temporary one
         fresh: make all runs again, those too that the data has
-        out: folder of the runs; a run that was interrupted goes on
+        out: folder of the runs, by default runs/claims; a run that was interrupted goes on
     """
     if jobs < 1 or (seeds is not None and seeds < 1):
         sys.exit("--jobs and --seeds must be 1 or more.")
-    claims, out = chosen(claim), out.absolute()
+    claims, out = chosen(claim), (out or Path(tempfile.mkdtemp("-claims") if quick else "runs/claims")).absolute()
     if not any(name.startswith(task) for each in claims for name in each.tasks):
         sys.exit(f"No task of {claim} begins with {task!r}; `list --commands` shows them.")
     data, docs = (out / "data", out) if quick else (DATA, DOCS)
@@ -82,15 +85,19 @@ def run(
     write_report(
         CLAIMS, data, docs, "Short runs, which only try the laboratory out: verdicts mean nothing." if quick else ""
     )
+    for each in claims if quick else ():
+        print(f"\n{shown(each).splitlines()[0]}\n\n{block(each, data)}\n")
     print(f"data in {data}, pages in {docs}")
     if failed:
         sys.exit(f"{counted(failed, 'run')} failed.")
 
 
 def draw(claim, data: Path, docs: Path):
-    from experiments.figures import plot_claim
+    from experiments.figures import README, plot_claim, plot_readme
 
     print(plot_claim(claim, data, docs / "figures") or f"{claim.name} has no data yet")
+    if docs == DOCS and claim.name in dict(README):
+        print(plot_readme(CLAIMS, data, docs / "figures"))
 
 
 def plot(claim: Name = "all"):
@@ -130,7 +137,11 @@ def curves(
             each for each in saved.values() if (each["script"], each["env_id"]) == (flags["script"], flags["env_id"])
         ]
         differing = sorted(name for name in flags if any(each.get(name) != flags[name] for each in alike))
-        differing = [f"{name} {flags[name]}" for name in differing if name not in ("seed", "run_dir", "resume", "job", "made_with")]
+        differing = [
+            f"{name} {flags[name]}"
+            for name in differing
+            if name not in ("seed", "run_dir", "resume", "job", "made_with")
+        ]
         try:
             episodes = read_log(folder)["charts/episodic_return"]
         except (KeyError, ValueError):

@@ -17,6 +17,7 @@ LINES, COLORS = ["-", "--", "-."], ["C0", "C1", "C2"]
 # Below the axes, where it hides nothing, with handles long enough to tell the lines by
 LEGEND = {"loc": "outside lower center", "handlelength": 4, "frameon": False, "fontsize": 8}
 THOUSANDS = plt.FuncFormatter(lambda value, _: f"{value:,.10g}")
+README = ("naive", "CartPole-v1"), ("peer-sac-million", "HalfCheetah-v5")  # what its picture shows
 UNITS = {
     "return": "greedy return, 100 episodes",
     "training return": "mean training return",
@@ -155,15 +156,7 @@ def plot_claim(claim, data: Path, folder: Path) -> Path | None:
             draw_values(axes, values, "variance / squared length of the expected gradient", claim.log)
             continue
         left, *right = part.subfigures(1, columns, squeeze=False).flat
-        lines = {}
-        for row in rows:
-            seeds = {}
-            for point in points:
-                if (point["task"], point["row"]) == (task, row) and not row.endswith(RATES):
-                    seeds.setdefault(point["seed"], []).append(
-                        [float(point[column]) for column in ("env_steps", "seconds", "return")]
-                    )
-            lines |= {row: [np.array(seed) for seed in seeds.values()]} if seeds else {}  # no episode has ended
+        lines = curves_of(points, task, rows)
         axes = draw_curves(left, lines, claim.x == "seconds", task)
         if one_seed:
             draw_marks(axes.axhline, {f"{name} (greedy)": value for name, value in marks.items()})
@@ -178,6 +171,30 @@ def plot_claim(claim, data: Path, folder: Path) -> Path | None:
             if name == "return" and marks:
                 each.legend(ncols=2, **LEGEND)
     return save(figure, folder / f"claim_{claim.name}.png", Description=digest(claim, data))
+
+
+def curves_of(points: list[dict], task: str, rows: list[str]) -> dict[str, list[np.ndarray]]:
+    """row -> curves of its seeds; rows in which no episode has ended, and those of other rates, are left out."""
+    lines = {}
+    for row in (row for row in rows if not row.endswith(RATES)):
+        seeds = {}
+        for point in points:
+            if (point["task"], point["row"]) == (task, row):
+                values = [float(point[column]) for column in ("env_steps", "seconds", "return")]
+                seeds.setdefault(point["seed"], []).append(values)
+        lines |= {row: [np.array(seed) for seed in seeds.values()]} if seeds else {}
+    return lines
+
+
+def plot_readme(claims, data: Path, folder: Path) -> Path:
+    """README's picture: one claim, and one comparison with a peer."""
+    claims = {claim.name: claim for claim in claims}
+    figure = plt.figure(figsize=(10.4, 3.8), layout="constrained")
+    for part, (name, task) in zip(figure.subfigures(1, 2), README):
+        lines = curves_of(read(data / f"{name}.curves.csv"), task, list(claims[name].tasks[task]))
+        draw_curves(part, lines, title=f"{task}, claim {name}")
+        part.legend(ncols=1 if len(lines) > 2 else 2, **LEGEND)
+    return save(figure, folder / "readme.png")
 
 
 def digest(claim, data: Path) -> str:
