@@ -1,7 +1,4 @@
-"""A script as notes beside code, its equations typeset; pages for the browser are made by experiments.site.
-
-The docstrings stay the only source: their equations are Unicode, from which come LaTeX, and MathML of that.
-"""
+"""A script as notes beside code; its equations become LaTeX and MathML. The pages are made by experiments.site."""
 
 import ast
 import re
@@ -46,7 +43,9 @@ def math(equation: str) -> str:
 
 def linked(html: str) -> str:
     """Decisions and papers become links."""
-    html = re.sub(r"\bD(1?\d)(?=[ab]?\b)(?![^<]*</a>)", r'<a class="d" href="decisions.html#d\1">D\1</a>', html)
+    html = re.sub(
+        r"\bD(1?\d)(?=[ab]?\b)(?![^<]*(?:</a>|</h\d>|>))", r'<a class="d" href="decisions.html#d\1">D\1</a>', html
+    )
     return re.sub(r"arXiv (\d{4}\.\d{4,5})", r'<a href="https://arxiv.org/abs/\1">arXiv \1</a>', html)
 
 

@@ -7,12 +7,14 @@ import json
 import re
 import shutil
 import subprocess
+from difflib import SequenceMatcher
 from html import escape, unescape
 from itertools import groupby, zip_longest
 from pathlib import Path
 from string import Template
 
 import tyro
+from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
 
 from common.flags import ROOT
@@ -28,15 +30,19 @@ def slug(title: str) -> str:
 
 
 def document(text: str) -> str:
-    """A file of docs/ in HTML: headings have anchors, and links to other files lead to their pages."""
+    """A file of docs/ in HTML: headings have anchors, equations are MathML, and links to other files lead to pages."""
+    text = re.sub(r"\$(\$?)([^$`]+)\$\1", lambda m: convert(m[2], display="block" if m[1] else "inline"), text)
     highlighted = {"html": True, "linkify": False, "highlight": lambda code, name, _: coloured(code, name or "text")}
     html = MarkdownIt("gfm-like", highlighted).render(text)
     html = re.sub(r"<pre><code[^>]*>(.*?)</code></pre>", r'<pre class="block">\1</pre>', html, flags=re.DOTALL)
+    html = re.sub(r'href="(?:\.\./)?(\w+)\.py">([^<]*)\((\d+)\)</a>', r'href="\1.html#eq\3">\2(\3)</a>', html)
     html = re.sub(r'href="(?:docs/)?(a2c_sync|a3c_async|off_policy_ac|sac)\.md', r'href="\1-notes.html', html)
+    html = re.sub(r'href="(?:claims\.md)?#[\w-]+-(?:d\d+|pitfalls)">([\w-]+)<', r'href="claim-\1.html">\1<', html)
     html = re.sub(r'href="(?:docs/)?(\w+)\.md', r'href="\1.html', html).replace('src="docs/', 'src="')
+    html = re.sub(r'href="(?:\.\./)?((?:tests|examples|experiments)/[^"]+)"', r'href="files/\1"', html)
     html = re.sub(r"<h([23])>(.*?)</h", lambda h: f'<h{h[1]} id="{slug(h[2])}">{h[2]}</h', html)
     html = re.sub(r"<table>.*?</table>", r'<div class="wide">\g<0></div>', html, flags=re.DOTALL)
-    return re.sub(r"<td>(yes|no|open)</td>", r'<td><b class="badge \1">\1</b></td>', html)
+    return re.sub(r"<td>(yes|no|open)(, fragile)?</td>", r'<td><b class="badge \1">\1\2</b></td>', html)
 
 
 def in_sections(sections: dict[str, tuple[str, str]]) -> str:
@@ -50,22 +56,18 @@ def in_sections(sections: dict[str, tuple[str, str]]) -> str:
     return f'<nav class="sections">{links}</nav>{html}'
 
 
-# --- Scripts, and their differences -----------------------------------------------------------------------------------
-
-
 def annotated(script: Script, decisions: str, claims: list[dict]) -> str:
     """A script, beside the decisions that it is about, and what came out of the claims about these."""
-    links, items, parent = "", "", PARENTS[script.name]
-    if parent:
-        links = f'<a href="diff-{script.name}.html">What changed since {parent}.py</a>'
+    items, parent = "", PARENTS[script.name]
+    links = f'<a href="diff-{script.name}.html">What changed since {parent}.py</a>' if parent else ""
     low, high = map(int, re.search(r"decisions D(\d+)(?:-D| and D)(\d+)", script.docstring).groups())
     for number, title in re.findall(r"^### D(\d+) (.*)", decisions, re.MULTILINE)[low - 1 : high]:
         about = " ".join(badge(claim) + dots(claim) for claim in claims if cites(claim["decisions"], number))
         items += f'<li><a href="decisions.html#d{number}"><b>D{number}</b> {title}</a> {about}</li>'
-    sections = {
-        name: (f"<small>{sum(len(lines) for _, lines in rows)}</small>", "".join(script.row(*row) for row in rows))
-        for name, rows in script.sections.items()
-    }
+    sections = {}
+    for name, rows in script.sections.items():
+        count = f"<small>{sum(len(lines) for _, lines in rows)}</small>"
+        sections[name] = count, "".join(script.row(*row) for row in rows)
     return (
         f'<header class="script"><h1>{script.name}.py</h1><p class="chips">{links}<a href="{script.name}-notes.html">'
         f'Metrics, details, choices</a></p>{script.head()}</header><aside class="card"><h3>The lecture\'s decisions '
@@ -73,14 +75,36 @@ def annotated(script: Script, decisions: str, claims: list[dict]) -> str:
     )
 
 
+def differing(*lines: str) -> tuple[list, list]:
+    """Of two lines that are alike, where their words differ: (begin, end) each."""
+    words, found = [re.findall(r"\w+|\s+|.", line) for line in lines], ([], [])
+    matcher = SequenceMatcher(None, *words, autojunk=False)
+    for kind, *ends in matcher.get_opcodes() if matcher.ratio() > 0.5 else ():
+        for spans, side, (begin, end) in zip(found, words, (ends[:2], ends[2:])):
+            spans += [(len("".join(side[:begin])), len("".join(side[:end])))] * (kind != "equal")
+    return found
+
+
+def marked(html: str, spans: list) -> str:
+    """A coloured line with these characters of its text highlighted."""
+    parts, at = re.findall(r"<[^>]+>|&#?\w+;|.", html), 0
+    for i, part in enumerate(parts):
+        if part[0] != "<":
+            parts[i] = f"<mark>{part}</mark>" if any(begin <= at < end for begin, end in spans) else part
+            at += 1
+    return "".join(parts).replace("</mark><mark>", "")
+
+
 def cells(parent: Script, child: Script, pairs) -> str:
     """Lines of both, side by side; from pairs of (sign, line number)."""
-    html = ""
+    html, scripts = "", (parent, child)
     for pair in pairs:
-        for side, script, (sign, n) in zip("lr", (parent, child), (cell or ("none", 0) for cell in pair)):
-            content = f'<a href="{script.link(n)}">{n}</a>{script.coloured[n - 1]}' if n else ""
-            kind = {" ": "same", "-": "del", "+": "add"}.get(sign, sign)
-            html += f'<pre class="{side} {kind}">{content}</pre>'
+        texts = [script.lines[n - 1] for script, (sign, n) in zip(scripts, pair) if sign != " "] if all(pair) else []
+        changed = differing(*texts) if texts else ([], [])
+        for side, script, cell, spans in zip("lr", scripts, pair, changed):
+            sign, n = cell or ("none", 0)
+            content = f'<a href="{script.link(n)}">{n}</a>{marked(script.coloured[n - 1], spans)}' if n else ""
+            html += f'<pre class="{side} { {" ": "same", "-": "del", "+": "add"}.get(sign, sign) }">{content}</pre>'
     return f'<div class="g">{html}</div>' if html else ""
 
 
@@ -131,21 +155,15 @@ def difference(parent: Script, child: Script) -> str:
     return f'<header class="script"><h1>{title}</h1>{about}</header><div class="diff">{in_sections(sections)}</div>'
 
 
-# --- Claims and decisions ---------------------------------------------------------------------------------------------
-
-
 def claims_of(text: str) -> list[dict]:
     """The sections of claims.md that were run, each with its row of the table at the top."""
     claims = []
     for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         if found := re.search(r"^<!-- end of ([\w-]+) -->", section, re.MULTILINE):
-            name, (title, decisions) = found[1], re.match(r"(.*) \((.*)\)", section).groups()
-            row = re.search(rf"^\| \[{name}\]\(.*?\) \| (.*) \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
-            finding, counts, seeds, minutes = row.groups()
-            answers = re.findall(r"(\d+) (yes|no|open)(?: \((\d+) fragile)?", counts)
-            claims.append(dict(name=name, title=title, decisions=decisions, finding=MarkdownIt().renderInline(finding),
-                               counts=counts, answers=answers, made=f"{seeds} seeds, {minutes} minutes",
-                               text=f"## {section}"))  # fmt: skip
+            cells = re.search(rf"^\| \[{found[1]}\]\(.*?\) \| (.*) \|$", text, re.MULTILINE)[1].split(" | ")
+            claim = dict(zip(("finding", "counts", "seeds", "minutes"), cells)) | {"name": found[1], "text": section}
+            claim["title"], claim["decisions"] = re.match(r"(.*) \((.*)\)", section).groups()
+            claims.append(claim | {"finding": MarkdownIt().renderInline(claim["finding"])})
     return claims
 
 
@@ -156,9 +174,8 @@ def cites(text: str, number: str) -> bool:
 def dots(claim: dict) -> str:
     """A dot for each answer; fragile ones are hollow."""
     html = ""
-    for number, word, fragile in claim["answers"]:
-        hollow = int(fragile or 0)
-        html += f'<i class="{word}"></i>' * (int(number) - hollow) + f'<i class="{word} fragile"></i>' * hollow
+    for number, word, fragile in re.findall(r"(\d+) (yes|no|open)(?: \((\d+) fragile)?", claim["counts"]):
+        html += "".join(f'<i class="{word}{" fragile" * (i < int(fragile or 0))}"></i>' for i in range(int(number)))
     return f'<span class="answers" title="{claim["counts"]}">{html}</span>'
 
 
@@ -173,8 +190,8 @@ def dashboard(claims: list[dict], rest: str) -> str:
         html += (
             f'<article><a class="thumb" href="claim-{c["name"]}.html"><img src="figures/claim_{c["name"]}.png" '
             f'loading="lazy" alt="{c["name"]}"></a><div><h3><a href="claim-{c["name"]}.html">{escape(c["title"])}</a>'
-            f'</h3><p>{c["finding"]}</p></div><div class="facts">{dots(c)}<span>{c["counts"]}</span>'
-            f"<span>{linked(c['decisions'])}</span><span>{c['made']}</span></div></article>"
+            f'</h3><p>{c["finding"]}</p></div><div class="facts">{dots(c)}<span>{c["counts"]}</span><span>'
+            f"{linked(c['decisions'])}</span><span>{c['seeds']} seeds, {c['minutes']} minutes</span></div></article>"
         )
     return f"{html}</div>{rest}"
 
@@ -196,9 +213,6 @@ def decisions_table(text: str, scripts: list[Script], claims: list[dict]) -> str
     return html + "</table></div>"
 
 
-# --- Pages ------------------------------------------------------------------------------------------------------------
-
-
 def pages() -> dict[str, tuple[str, str, str]]:
     """Name -> title, layout, content."""
     scripts = {name: Script(name) for name in PARENTS}
@@ -211,30 +225,32 @@ def pages() -> dict[str, tuple[str, str, str]]:
         if parent := PARENTS[name]:
             made[f"diff-{name}"] = f"{parent}.py → {name}.py", "code", difference(scripts[parent], script)
     for claim in claims:
-        text = document(claim["text"].partition("\n")[2])
-        head = f'<p class="chips"><a href="claims.html">All claims</a>{dots(claim)}'
-        head += f"<span>{linked(claim['decisions'])}</span></p><h1>{escape(claim['title'])}</h1>"
-        head += f'<p class="lead">{claim["finding"]}</p>'
-        made[f"claim-{claim['name']}"] = claim["title"], "doc board claim", head + linked(text)
-    made |= {name: (re.match("# (.*)", text)[1], "doc", document(text)) for name, text in docs.items()}
+        head = f'<p class="chips"><a href="claims.html">All claims</a>{dots(claim)}<span>{linked(claim["decisions"])}'
+        head += f'</span></p><h1>{escape(claim["title"])}</h1><p class="lead">{claim["finding"]}</p>'
+        html = head + linked(document(claim["text"].partition("\n")[2]))
+        made[f"claim-{claim['name']}"] = claim["title"], "doc board claim", html
+    made |= {name: (re.match("# (.*)", text)[1], "doc", linked(document(text))) for name, text in docs.items()}
     intro = re.sub(r"<!-- overview.*", "", parts[0].partition("\n")[2], flags=re.DOTALL)
     rest = document(intro + "".join(part for part in parts[1:] if "<!-- end of" not in part))
     made["claims"] = "Claims", "doc board", dashboard(claims, rest)
     table = decisions_table(docs["decisions"], [*scripts.values()], claims)
     html = re.sub(r'<div class="wide">.*?</div>', lambda _: table, made["decisions"][2], count=1, flags=re.DOTALL)
-    made["decisions"] = "Decisions", "doc board", html
-    return made
+    return made | {"decisions": ("Decisions", "doc board", html)}
 
 
 def main(out: Path = Path("site")):
-    """Args:
-    out: folder of the pages
-    """
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(ROOT / "docs" / "figures", out / "figures")
     shutil.copytree(LOOK, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("page.html"))
     template, index = Template((LOOK / "page.html").read_text()), []
-    for name, (title, layout, html) in (made := pages()).items():
+    made = pages()
+    everything = "".join(html for *_, html in made.values())
+    links = (f'<li><a href="{link}">{link}</a>' for link in sorted({*re.findall('href="(https?:[^"]+)"', everything)}))
+    made["links"] = "Links", "doc", f"<h1>All links that leave these pages</h1><ul>{''.join(links)}</ul>"
+    for name in {*re.findall('href="files/([^"#]+)"', everything)}:
+        (out / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, out / "files" / name)
+    for name, (title, layout, html) in made.items():
         toc = re.findall(r'<h2 id="(.*?)">(.*?)</h2>', html) if layout == "doc" else []
         toc = "".join(f'<a href="#{anchor}">{re.sub("<.*?>", "", heading)}</a>' for anchor, heading in toc)
         page = template.substitute(title=escape(title), layout=layout, content=html, toc=toc)

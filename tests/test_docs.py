@@ -1,5 +1,6 @@
 """README and docs hold what they say: commands parse, loops and environments run, links and tests exist."""
 
+import difflib
 import importlib.util
 import json
 import re
@@ -15,6 +16,7 @@ from conftest import ROOT, finish, start
 
 from common.flags import check_ranges
 from experiments.__main__ import chosen
+from experiments.exercises import FAULTS
 from experiments.report import slug
 
 README = ROOT / "README.md"
@@ -91,13 +93,29 @@ def test_command(page, command, monkeypatch):
         assert words[0] in ("tensorboard", "pytest")
 
 
-@pytest.mark.parametrize("number, script", [(1, "a2c_sync"), (2, "sac")])
-def test_an_exercise_changes_one_line_of_a_script(number, script, tmp_path):
-    shutil.copy(ROOT / f"{script}.py", tmp_path)
-    patch = str(ROOT / "docs" / "exercises" / f"{number}.diff")
-    subprocess.run(["git", "apply", "--unsafe-paths", f"--directory={tmp_path}", patch], cwd="/", check=True)
-    before, after = ((folder / f"{script}.py").read_text().splitlines() for folder in (ROOT, tmp_path))
+def patched(name, script, folder):
+    """Lines of a script and of its copy in `folder`, to which an exercise's diff has been applied."""
+    shutil.copy(ROOT / f"{script}.py", folder)
+    patch = str(ROOT / "docs" / "exercises" / f"{name}.diff")
+    subprocess.run(["git", "apply", "--unsafe-paths", f"--directory={folder}", patch], cwd="/", check=True)
+    return [(path / f"{script}.py").read_text().splitlines() for path in (ROOT, folder)]
+
+
+@pytest.mark.parametrize("number, script", [(number, script) for number, (script, *_) in FAULTS.items()])
+def test_a_planted_fault_changes_one_line_of_a_script(number, script, tmp_path):
+    before, after = patched(number, script, tmp_path)
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+
+
+@pytest.mark.parametrize("name, script, flags", [("ppo", "a2c_sync", ""), ("td3", "sac", "--learning-starts 300")])
+def test_a_solution_trains(name, script, flags, workdir):
+    before, after = patched(name, script, workdir)
+    changes = [line for line in difflib.ndiff(before, after) if line[0] in "+-"]
+    assert name != "ppo" or len(changes) <= 60
+    (workdir / "common").symlink_to(ROOT / "common")
+    flags = ["--total-timesteps", 600, "--eval-episodes", 1, "--run-dir", "run", *flags.split()]
+    status, _, err = finish(start(workdir / f"{script}.py", *flags, cwd=workdir))
+    assert status == 0 and json.loads((workdir / "run" / "results.json").read_text())["updates"] > 3, err
 
 
 # --- Pages ------------------------------------------------------------------------------------------------------------
