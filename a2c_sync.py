@@ -40,7 +40,7 @@ from common.run import Run, run_cli
 
 @dataclass
 class Args(RunArgs):
-    num_envs: Count = 16  # N, environments that step in parallel
+    num_envs: Count = 16  # N, environments that step in parallel (D5); 1, with 1 step, is fully online (D3)
     num_steps: Count = 8  # T, steps of every environment between two updates
     network: Literal["separate", "shared"] = "separate"  # two networks (D1), or one trunk with two heads (D2)
     gamma: Fraction = 0.99  # discount γ

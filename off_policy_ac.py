@@ -52,10 +52,10 @@ class Args(RunArgs):
     total_timesteps: Count = 30_000  # environment steps (of all environments together) to train for
     num_envs: Count = 1  # N, environments that step in parallel
     gamma: Fraction = 0.99  # discount γ
-    buffer_size: Count = 1_000_000  # transitions that the replay buffer holds
+    buffer_size: Count = 1_000_000  # transitions that the replay buffer holds (D8)
     learning_starts: Natural = 1_000  # transitions that the first update waits for
     batch_size: Count = 128  # B, transitions of the buffer in one update
-    updates_per_step: Positive = 1.0  # updates for every transition, of however many environments
+    updates_per_step: Positive = 1.0  # updates for every transition, of however many environments (D19)
     critic: Literal["q", "v"] = "q"  # Q(s, a), valid for any policy's actions (D10); V(s), naive (D9a)
     actor_actions: Literal["policy", "buffer", "importance"] = "policy"  # D11; naive (D9b); the buffer's weighted (D12)
     num_action_samples: Count = 8  # K, actions sampled at every state of the batch (D14)
@@ -249,7 +249,7 @@ def loss_fn(agent, batch, args):
     critic_loss = critic_loss_fn(q, q_target)
 
     # Actor
-    policy = agent.actor(batch.obs)
+    policy = agent.actor(batch.obs)  # at states of older policies (D15)
     with torch.no_grad():
         pi_actions = policy.sample(args.num_action_samples)  # (K, B): fresh, without the simulator (D11, D14)
         pi_q = agent.critic(batch.obs, pi_actions)  # (K, B)

@@ -53,10 +53,10 @@ class Args(RunArgs):
     total_timesteps: Count = 20_000  # environment steps (of all environments together) to train for
     num_envs: Count = 1  # N, environments that step in parallel
     gamma: Fraction = 0.99  # discount γ
-    buffer_size: Count = 1_000_000  # transitions that the replay buffer holds
+    buffer_size: Count = 1_000_000  # transitions that the replay buffer holds (D8)
     learning_starts: Natural = 1_000  # transitions, of uniformly random actions, that the first update waits for
     batch_size: Count = 256  # B, transitions of the buffer in one update
-    updates_per_step: Positive = 1.0  # updates for every transition, of however many environments
+    updates_per_step: Positive = 1.0  # updates for every transition, of however many environments (D19)
     num_critics: Count = 2  # M, number of critics; targets use the smallest estimate
     estimator: Literal["reparam", "score"] = "reparam"  # through the action into Q (D16); the score function's
     num_action_samples: Count = 1  # K, actions sampled at every state of the batch; score needs 2 or more (D14)
@@ -197,7 +197,7 @@ def leave_one_out(q):
 
 
 def soft_value(q, log_probs, alpha):
-    """What the smallest estimate and the entropy of an action are worth together. (M, ...) and (...)."""
+    """What the smallest estimate and the entropy of an action are worth together (D18). (M, ...) and (...)."""
     assert q.shape[1:] == log_probs.shape
     return q.amin(0) - alpha * log_probs  # (4)
 
@@ -245,7 +245,7 @@ def loss_fn(agent, batch, args):
     critic_loss = critic_loss_fn(q, q_target)
 
     # Actor
-    policy = agent.actor(batch.obs)
+    policy = agent.actor(batch.obs)  # at states of older policies (D15)
     pi_u = policy.sample(args.num_action_samples)  # (K, B, A): fresh, without the simulator (D11, D14)
     pi_u = pi_u if args.estimator == "reparam" else pi_u.detach()
     log_probs, pi_actions = policy.log_prob(pi_u), pi_u.tanh()  # (K, B) and (K, B, A)

@@ -220,6 +220,7 @@ RATES = [({}, [5e-3, 5e-3]), ({"critic_lr": 1e-2}, [5e-3, 1e-2]), ({"network": "
 @pytest.mark.parametrize("flags, rates", RATES, ids=str)
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
 def test_each_network_has_its_learning_rate(flags, rates, optimizer):
+    """D1."""
     args = Args(actor_lr=5e-3, optimizer=optimizer, rmsprop_eps=0.1, **flags)
     agent = make_agent(make_envs(args), args)
     made = make_optimizer(agent, args)

@@ -322,7 +322,7 @@ def written_out(agent, batch, args):
 @pytest.mark.parametrize("discrete", [True, False])
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_loss_is_the_one_written_out_plainly(discrete, shared):
-    """Loss, metrics and the gradient of every parameter; step by step, from the rollout's own rows."""
+    """D4: loss, metrics and the gradient of every parameter; step by step, from the rollout's own rows."""
     agent, args, batch = ActorCritic((3,), 2, discrete, shared), make_args(), make_batch(discrete)
     actor, critic, value, entropy = written_out(agent, batch, args)
     expected = torch.autograd.grad(actor + args.value_coef * critic, list(agent.parameters()))
@@ -388,7 +388,7 @@ def test_learning_rates_fall_to_zero_each_from_its_own():
 
 
 def test_trunk_gradients_measure_the_conflict():
-    """The value coefficient included; the losses written out a transition at a time."""
+    """D2, the value coefficient included; the losses written out a transition at a time."""
     agent, args, batch = ActorCritic((3,), 2, True, True), make_args(value_coef=0.3), make_batch(True)
     actor, critic, _, _ = written_out(agent, batch, args)
     trunk, flat = list(agent.encoder.parameters()), []

@@ -136,7 +136,7 @@ def exact_gradient(agent):
     ids=str,
 )
 def test_actor_gradient_is_that_of_the_current_policy_at_the_buffers_states(flags):
-    """D11, D12, D13, D14: Σ_s d_buffer(s) Σ_a ∇π(a|s) Q(s, a), in expectation."""
+    """D11, D12, D13, D14, D15: Σ_s d_buffer(s) Σ_a ∇π(a|s) Q(s, a), in expectation."""
     ours, error, agent = actor_gradient(**flags)
     exact = exact_gradient(agent)
     assert exact.norm() > 20 * error
