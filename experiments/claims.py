@@ -143,6 +143,10 @@ CLAIMS = [
         ],
         measures=("training return", "worst stretch", "return", *TRUNK),
         seeds=1,
+        finding=(
+            "One seed each: only the shared trunk with c = 0.5 leaves the floor in two million steps, with a "
+            "training return of -19.2."
+        ),
     ),
     Claim(
         "order",
@@ -254,6 +258,7 @@ CLAIMS = [
             Expect("V, weighted", "Q, fresh actions", margin=25),
             Expect("Q, weighted", "Q, fresh actions", margin=25),
         ],
+        finding="Clipped weights take the naive actor with Q from 70.2 to 500, and with V from 37.3 to 500.",
     ),
     Claim(
         "samples",
@@ -274,6 +279,7 @@ CLAIMS = [
             Expect("K = 64, plain Q", "K = 8, plain Q"),
             Expect("K = 8, baseline", "K = 8, plain Q"),
         ],
+        finding="Two samples with a baseline learn both tasks (500 and -155); 64 without one do not (441 and -1,474).",
     ),
     Claim(
         "beyond",
@@ -289,6 +295,7 @@ CLAIMS = [
             for task, flags in REPLAY_TASKS.items()
         },
         [Expect("all", row, "training return") for row in ("no baseline", "no entropy bonus", "no target network")],
+        finding="Without the baseline CartPole-v1 ends at 249, without the target network at 250; with all it is 500.",
     ),
     Claim(
         "buffer",
@@ -306,6 +313,7 @@ CLAIMS = [
             Expect("1,000,000 transitions", "1,000 transitions"),
             Expect("1,000,000 transitions", "3,000 transitions", margin=25),
         ],
+        finding="All transitions kept (500) are not worse than the last 3,000 (418); more five seeds do not say.",
     ),
     Claim(
         "reparam",
@@ -328,6 +336,7 @@ CLAIMS = [
             Expect("reparameterized, K = 1", "score function, K = 2", "training return"),
             Expect("reparameterized, K = 1", "score function, K = 8", "training return"),
         ],
+        finding="Nothing tells the estimators apart: on Hopper-v5 training returns are 415 and 457.",
     ),
     Claim(
         "variance",
@@ -358,6 +367,10 @@ CLAIMS = [
             *(f"reparam, K = {K}" for K in (1, 8)),
         ),
         log=True,
+        finding=(
+            "A baseline takes the variance from 169,610 to 1.28 (K = 2); reparameterization halves it with six "
+            "dimensions of actions, and not with one."
+        ),
     ),
     Claim(
         "targets",
@@ -386,6 +399,10 @@ CLAIMS = [
         ],
         measures=("overestimation", "error of Q", "return", "Q", "discounted return"),
         log=True,
+        finding=(
+            "On Hopper-v5 one critic is 235 too high where returns are 162; without a target network Q is off by "
+            "51,083."
+        ),
     ),
     Claim(
         "sac",
@@ -396,6 +413,10 @@ CLAIMS = [
             "Hopper-v5": tweaks(f"{E100} {HOPPER}"),
         },
         [Expect("all of SAC", row, "training return") for row in list(tweaks(""))[1:]],
+        finding=(
+            "On Pendulum-v1 only the target network is worth something (-839 without it, -151 with all); on "
+            "Hopper-v5 the correction for tanh is, too."
+        ),
     ),
     Claim(
         "which",
@@ -448,6 +469,7 @@ CLAIMS = [
         ],
         measures=("worst after 475", "return", "steps to 475"),
         seeds=40,
+        finding="After it has solved CartPole-v1, the worst 100 episodes are 487 with update clipping and 420 without.",
     ),
     Claim(
         "mistakes",

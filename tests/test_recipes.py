@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 def test_recipes_are_short():
-    assert len(RECIPES) == 6
+    assert len(RECIPES) == 11
     for title, blocks in RECIPES.items():
         for block in blocks:
             assert len([line for line in block.splitlines() if line.strip()]) <= 11, title
@@ -51,6 +51,39 @@ def test_act_with_a_trained_agent(folder):
     printed = call([sys.executable, "-c", recipe("Act")], folder)
     lengths = [int(length) for length in re.findall(r"an episode of (\d+) steps", printed)]
     assert 500 < sum(lengths) + len(lengths) <= 1000
+
+
+@pytest.mark.parametrize(
+    "beginning, module, names, flags",
+    [
+        ("Dict", "others", ("Timed", "Gentle"), []),
+        ("An environment of images", "races", ("Racing",), ["--num-envs", "2"]),
+    ],
+)
+def test_other_environments(folder, beginning, module, names, flags):
+    (folder / f"{module}.py").write_text(recipe(beginning))
+    for name in names:
+        more = ["--env-id", f"{module}:{name}-v0", "--total-timesteps", "500", "--eval-episodes", "1"]
+        call([sys.executable, "a2c_sync.py", *more, *flags, "--run-dir", f"runs/{name}"], folder)
+
+
+def test_a_curve_with_pandas(folder):
+    call([sys.executable, "-c", recipe("A curve")], folder, timeout=300)
+    assert (folder / "curve.png").stat().st_size > 5000
+
+
+def test_weights_and_biases_get_the_losses(folder):
+    code = recipe("Weights &").replace("sync_tensorboard", 'mode="offline", sync_tensorboard')
+    call([sys.executable, "-c", code], folder)
+    assert any(b"losses/actor_loss" in path.read_bytes() for path in folder.glob("wandb/*/*.wandb"))
+
+
+def test_the_weights_are_the_actors(folder):
+    code = (
+        recipe("The weights")
+        + "obs = torch.randn(3, 4)\nprint(torch.equal(mine(obs).log_softmax(-1), agent.actor(obs).log_probs))"
+    )
+    assert call([sys.executable, "-c", code], folder).strip() == "True"
 
 
 def test_own_environment_with_wrappers(folder):

@@ -95,7 +95,7 @@ def actor_loss(estimator, policy, q, alpha, num):
 
 @pytest.mark.parametrize("estimator", ["reparam", "score"])
 def test_the_optimum_is_the_boltzmann_policy(estimator):
-    """D18. One state with known Q, chosen so that exp(Q/α)/Z is a squashed Gaussian: that is where the policy must go."""
+    """D18. One state with known Q, such that exp(Q/α)/Z is a squashed Gaussian: that is where the policy must go."""
     torch.manual_seed(0)
     alpha, boltzmann = 0.5, SquashedGaussian(torch.tensor([0.5]), torch.tensor([-0.6]))
     mean, log_std = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
