@@ -223,25 +223,18 @@ def newer(env_id: str) -> str:
     return "".join(f" Did you mean {re.sub(o, n, env_id)}?" for o, n in TODAY.items() if re.fullmatch(o, env_id))
 
 
-def image_hint(space) -> str:
-    """What is wrong with images."""
-    if space.dtype != np.uint8:
-        return "scale images to uint8, 0 to 255 (gymnasium.wrappers.TransformObservation)"
-    if space.shape[2] < 36 <= space.shape[0]:
-        return "channels must come first, obs.transpose(2, 0, 1) (gymnasium.wrappers.TransformObservation)"
-    return "images must be at least 36 x 36 (gymnasium.wrappers.ResizeObservation)"
-
-
 def check_spaces(envs, args, images: bool, discrete: bool):
     """Raises UserError, naming the spaces, for those that a script does not take."""
     obs, actions = envs.single_observation_space, envs.single_action_space
     vector = isinstance(obs, Box) and len(obs.shape) == 1
-    image = isinstance(obs, Box) and len(obs.shape) == 3 and obs.dtype == np.uint8 and min(obs.shape[1:]) >= 36
+    image = images and isinstance(obs, Box) and len(obs.shape) == 3
     box = isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded() and actions.dtype.kind == "f"
     for fits, words in (
         (envs.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP, "it must have the autoreset mode NEXT_STEP"),
-        (vector or image or not images, image_hint(obs) if len(obs.shape or ()) == 3 else
-         "use vectors (gymnasium.wrappers.FlattenObservation) or images"),
+        (vector or image or not images, "use vectors (gymnasium.wrappers.FlattenObservation) or images"),
+        (not image or obs.dtype == np.uint8, "scale images to uint8, 0 to 255"),
+        (not image or not obs.shape[2] < 36 <= obs.shape[0], "channels must come first: transpose images"),
+        (not image or min(obs.shape[1:]) >= 36, "resize images to 36 x 36 or more"),
         (vector or images, "this script takes vectors; for images use a2c_sync.py or a3c_async.py"),
         (vector or not getattr(args, "normalize_obs", False), "--normalize-obs is for vectors"),
         (not isinstance(actions, MultiDiscrete), "make one Discrete of them, which an ActionWrapper takes apart"),
