@@ -127,6 +127,10 @@ CLAIMS = [
         measures=("training return", "worst stretch", "return", *TRUNK),
         seeds=20,
         fails={"CartPole-v1": 475, "LunarLander-v3": 100},
+        finding=(
+            "Separate networks learn sooner on both tasks (384 against 351, and 88.6 against 70.6), and the best "
+            "weight of the critic's loss is 0.5 on one task and 2 on the other."
+        ),
     ),
     Claim(
         "pixels",

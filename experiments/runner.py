@@ -297,7 +297,9 @@ def circumstances() -> tuple[str, str, str, str]:
         changed, commit = "", "unknown"
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "gymnasium"))
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
+    cpu = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    family = f" (family {cpu.get('cpu family')}, model {cpu.get('model')})" if cpu else ""
+    processor = cpu.get("model name", "unknown") + family
     return commit.strip() + ("+" if changed else ""), versions, processor, time.strftime("%Y-%m-%d")
 
 
