@@ -165,6 +165,9 @@ CLAIMS = [
             Expect("one step for both", "critic first", "training return", margin=25),
         ],
         measures=("training return", "return"),
+        finding=(
+            "Both orders are alike: training returns of 385 and 386 on CartPole-v1, of -96.2 and -99.4 on Acrobot-v1."
+        ),
     ),
     Claim(
         "batch",
@@ -520,6 +523,10 @@ CLAIMS = [
         fewer={"off_policy_ac.py, CartPole-v1": 10, "sac.py, Pendulum-v1": 10},
         fails={f"{script}.py, CartPole-v1": 475 for script in ("a2c_sync", "a3c_async", "off_policy_ac")}
         | {"sac.py, Pendulum-v1": -200},
+        finding=(
+            "Gradients that accumulate let 18 of 20 seeds fail; a time limit taken for an end costs A2C 11.4 of "
+            "384; torch's RMSprop learns sooner (410), but 1 of 20 seeds fails."
+        ),
     ),
 ]
 

@@ -620,6 +620,12 @@ def test_the_page_is_made_of_the_data_in_the_repository(tmp_path):
             assert claim.tasks[row["task"]][row["row"]] == row["command"], f"{claim.name}: made by another command"
 
 
+def test_a_finding_has_its_numbers_from_the_data():
+    number = r"-?\d+(?:,\d{3})*(?:\.\d+)?"
+    for claim in (claim for claim in CLAIMS if claim.finding):
+        assert {*re.findall(number, claim.finding)} <= {*re.findall(number, block(claim, DATA))}, claim.name
+
+
 def test_the_figures_are_of_the_data_in_the_repository():
     from experiments.figures import digest
 
