@@ -81,7 +81,7 @@ def test_help_on_a_terminal_without_utf8(workdir, monkeypatch):
 INF, NAN = math.inf, math.nan
 COUNT, POSITIVE, NON_NEGATIVE = ([0, -3], [1, 10**9]), ([0.0, -1.0, INF, NAN], [1e-9, 1e9]), ([-1e-9, INF, NAN], [0.0])
 RANGES = {  # flags -> values outside and inside
-    "total_timesteps num_envs num_threads checkpoint_every eval_episodes num_steps": COUNT,
+    "total_timesteps num_envs num_threads checkpoint_every eval_episodes eval_every num_steps": COUNT,
     "num_workers batch_size buffer_size num_action_samples num_critics": COUNT,
     "seed": ([-1, 2**32], [0, 2**32 - 1]),
     "learning_starts max_lag": ([-1], [0, 1]),
