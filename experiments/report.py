@@ -56,7 +56,7 @@ def block(claim, data: Path) -> str:
     """A claim's generated part of the page."""
     runs = runs_of(claim, data)
     if not runs:
-        return "Not measured yet."
+        return f"Not measured yet. [Commands](../experiments/data/{claim.name}.txt)."
     lines, answers = [f"![{claim.name}](figures/claim_{claim.name}.png)", ""], judged(claim, runs)
     if claim.one_row_a_task():
         table = [["", *claim.tasks]]
@@ -117,6 +117,7 @@ def commands(claim, data: Path) -> str:
     for run in runs:
         made.setdefault((run["processor"], run["versions"], run["commit"], run["date"]), {})[run["task"]] = None
     lines = [f"{called(run['command'])} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
+    lines = lines or [f"{called(job.command)} --seed {job.seed}" for job in jobs_of(claim, 1)]
     return "\n".join([*lines, "", *(f"{'; '.join(tasks)}: {', '.join(each)}" for each, tasks in sorted(made.items()))])
 
 
@@ -197,8 +198,7 @@ def report(claims, data: Path, folder: Path, note: str = ""):
             text = re.sub(pattern, lambda _: f"{begin}\n{part}\n{end}", text, flags=re.DOTALL)
         path.write_text(text)
     for claim in claims:
-        if runs_of(claim, data):
-            (data / f"{claim.name}.txt").write_text(commands(claim, data) + "\n")
+        (data / f"{claim.name}.txt").write_text(commands(claim, data).strip() + "\n")
 
 
 def called(command: str) -> str:

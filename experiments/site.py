@@ -19,14 +19,16 @@ from markdown_it import MarkdownIt
 
 from common.flags import ROOT
 from experiments.annotate import BANNER, Script, coloured, linked, prose
+from experiments.report import slug as github_slug
 
 PARENTS = {"a2c_sync": None, "a3c_async": "a2c_sync", "off_policy_ac": "a2c_sync", "sac": "off_policy_ac"}
 LOOK = Path(__file__).parent / "look"  # page.html, site.css, site.js, fonts
 
 
 def slug(title: str) -> str:
-    title = unescape(re.sub("<.*?>", "", title))
-    return m[0].lower() if (m := re.match(r"D\d+(?= )", title)) else re.sub(r"\W+", "-", title.lower()).strip("-")
+    """An anchor: that of GitHub, but d11 for a decision."""
+    title = unescape(re.sub("<.*?>", "", title)).strip()
+    return m[0].lower() if (m := re.match(r"D\d+(?= )", title)) else github_slug(title)
 
 
 def document(text: str) -> str:

@@ -1,19 +1,13 @@
 """a2c_sync.py with RMSProp's ε outside the root; update clipping, and the mean square that begins at 1, stay."""
 
-import torch
-
 import a2c_sync
+from experiments.variants.a2c_unclipped import Unclipped
 
 
-class EpsilonOutside(a2c_sync.RMSpropA3C):
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                g = self.state[p]["square_avg"]
-                g.mul_(group["alpha"]).addcmul_(p.grad, p.grad, value=1 - group["alpha"])
-                u = p.grad / (g.sqrt() + group["eps"])
-                p.sub_(u / u.square().mean().sqrt().clamp_min(1.0), alpha=group["lr"])
+class EpsilonOutside(Unclipped):
+    def move(self, p, g, group):
+        u = p.grad / (g.sqrt() + group["eps"])
+        p.sub_(u / u.square().mean().sqrt().clamp_min(1.0), alpha=group["lr"])
 
 
 a2c_sync.RMSpropA3C = EpsilonOutside

@@ -12,7 +12,10 @@ class Unclipped(a2c_sync.RMSpropA3C):
             for p in group["params"]:
                 g = self.state[p]["square_avg"]
                 g.mul_(group["alpha"]).addcmul_(p.grad, p.grad, value=1 - group["alpha"])
-                p.addcdiv_(p.grad, (g + group["eps"]).sqrt(), value=-group["lr"])
+                self.move(p, g, group)
+
+    def move(self, p, g, group):
+        p.addcdiv_(p.grad, (g + group["eps"]).sqrt(), value=-group["lr"])
 
 
 a2c_sync.RMSpropA3C = Unclipped
