@@ -76,9 +76,22 @@ def block(claim, data: Path) -> str:
         limits = ", ".join(f"{limit:g} on {task}" for task, limit in claim.fails.items() if task in claim.tasks)
         more.append(f"A seed has failed if its greedy return is below {limits}.")
     more.append(f"[Commands and machines](../experiments/data/{claim.name}.txt).")
-    table = in_rows([["Task", "What was expected", "What was found", ""], *answers])
+    table = in_rows(expectations(answers))
     lines += [f"<details><summary>What was expected: {counts} ({', '.join(notes)})</summary>", "", *table, ""]
-    return "\n".join([*lines, " ".join(more), "", "</details>"])
+    return "\n".join([*lines, " ".join(more), "</details>"])
+
+
+def expectations(answers: list[tuple]) -> list[list]:
+    """A row for each answer; or, where tasks share expectations, for each of those, and a column for each task."""
+    tasks = list(dict.fromkeys(task for task, *_ in answers))
+    found = {}  # expectation -> task -> what was found
+    for task, expect, what, answer in answers:
+        found.setdefault(str(expect), {})[task] = f"{answer}: {what}"
+    if len(found) == len(answers) and len(tasks) > 1:
+        table = [["Task", "What was expected", "What was found"]]
+        return table + [[task, expect, f"{answer}: {what}"] for task, expect, what, answer in answers]
+    table = [["What was expected", *(f"Found on {task}" for task in tasks)]]
+    return table + [[expect, *(each.get(task, "") for task in tasks)] for expect, each in found.items()]
 
 
 def rows_of(claim, runs: list[dict]) -> list[list]:
