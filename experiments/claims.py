@@ -601,6 +601,19 @@ CLAIMS += [
         seeds=10,
     ),
     result(
+        "ppo",
+        "PPO, the solution of an exercise, beside a2c_sync.py",
+        {
+            "CartPole-v1": {
+                "a2c_sync.py": f"{A2C} {STEPS}",
+                "PPO": f"{variant('a2c_ppo', A2C)} {STEPS} --num-steps 64 --optimizer adam --actor-lr 1e-3",
+            },
+        },
+        {},
+        Expect("PPO", "a2c_sync.py", "training return"),
+        seeds=10,
+    ),
+    result(
         "replay",
         "off_policy_ac.py",
         {
