@@ -307,7 +307,7 @@ CLAIMS = [
     Claim(
         "buffer",
         "States of older policies may stay in the buffer.",
-        "D15",
+        "D8, D15",
         {
             "CartPole-v1": {
                 f"{size:,} transitions": f"{OFF} --buffer-size {size}" for size in (1000, 3000, 10000, 1000000)

@@ -39,12 +39,14 @@ def document(text: str) -> str:
     html = re.sub(r"<pre><code[^>]*>(.*?)</code></pre>", r'<pre class="block">\1</pre>', html, flags=re.DOTALL)
     html = re.sub(r'href="(?:\.\./)?(\w+)\.py">([^<]*)\((\d+)\)</a>', r'href="\1.html#eq\3">\2(\3)</a>', html)
     html = re.sub(r'href="(?:docs/)?(a2c_sync|a3c_async|off_policy_ac|sac)\.md', r'href="\1-notes.html', html)
+    html = re.sub(r'href="(?:\.\./)?(a2c_sync|a3c_async|off_policy_ac|sac)\.py"', r'href="\1.html"', html)
     html = re.sub(r'href="(?:claims\.md)?#[\w-]+-(?:d\d+|pitfalls)">([\w-]+)<', r'href="claim-\1.html">\1<', html)
     html = re.sub(r'href="(?:docs/)?(\w+)\.md', r'href="\1.html', html).replace('src="docs/', 'src="')
     html = re.sub(r'href="(?:\.\./)?((?:tests|examples|experiments)/[^"]+)"', r'href="files/\1"', html)
     html = re.sub(r"<h([23])>(.*?)</h", lambda h: f'<h{h[1]} id="{slug(h[2])}">{h[2]}</h', html)
     html = re.sub(r"<table>.*?</table>", r'<div class="wide">\g<0></div>', html, flags=re.DOTALL)
-    return re.sub(r"<td>(yes|no|open)(, fragile)?</td>", r'<td><b class="badge \1">\1\2</b></td>', html)
+    html = re.sub(r"<td>(yes|no|open)((?:, fragile)?): ", r'<td><b class="badge \1">\1\2</b> ', html)
+    return re.sub(r"\[-?[\d.,e+-]+, -?[\d.,e+-]+\](?=[^<]*</td>)", r'<span class="ci">\g<0></span>', html)
 
 
 def in_sections(sections: dict[str, tuple[str, str]]) -> str:
@@ -97,6 +99,15 @@ def marked(html: str, spans: list) -> str:
     return "".join(parts).replace("</mark><mark>", "")
 
 
+def paired(gone: list, new: list, *texts) -> list[tuple]:
+    """Lines that begin with the same name side by side, and the others in their order between these."""
+    keys, pairs, done = [[re.findall(r"\w+|$", line)[0] for line in lines] for lines in texts], [], (0, 0)
+    for i, j, size in SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks():
+        pairs += [*zip_longest(gone[done[0] : i], new[done[1] : j]), *zip(gone[i : i + size], new[j : j + size])]
+        done = i + size, j + size
+    return pairs
+
+
 def cells(parent: Script, child: Script, pairs) -> str:
     """Lines of both, side by side; from pairs of (sign, line number)."""
     html, scripts = "", (parent, child)
@@ -145,13 +156,13 @@ def difference(parent: Script, child: Script) -> str:
             else:
                 gone = [(sign, left) for sign, left, _ in group if sign == "-"]
                 new = [(sign, right) for sign, _, right in group if sign == "+"]
-                pairs = [*zip_longest(gone, new)]
+                pairs = paired(gone, new, *([s.lines[n - 1] for _, n in g] for s, g in ((parent, gone), (child, new))))
                 few = new or len(gone) < 12
                 html += cells(parent, child, pairs) if few else folded(parent, child, pairs, "removed")
         more, less = (sum(sign == s for sign, *_ in lines) for s in "+-")
         count = f"<ins>+{more}</ins> <del>−{less}</del>" if more + less else "unchanged"
         sections[name] = f"<small>{count}</small>", html
-    about = prose(re.search(r"Against .*?\n\n", child.docstring, re.DOTALL)[0])
+    about = prose(re.search(r"Against .*?\n\n(?= +\(1\))", child.docstring, re.DOTALL)[0])
     title = " → ".join(f'<a href="{script.name}.html">{script.name}.py</a>' for script in (parent, child))
     about += f"<p>{total['+']} lines are new, {total['-']} gone; a change of indentation is none.</p>"
     return f'<header class="script"><h1>{title}</h1>{about}</header><div class="diff">{in_sections(sections)}</div>'
@@ -170,7 +181,7 @@ def claims_of(text: str) -> list[dict]:
 
 
 def cites(text: str, number: str) -> bool:
-    return bool(re.search(rf"\bD{number}[ab]?\b", text))
+    return bool(re.search(rf"(?<!beyond )\bD{number}[ab]?\b(?<!to D{number})", text))
 
 
 def dots(claim: dict) -> str:
@@ -185,23 +196,24 @@ def badge(claim: dict) -> str:
     return f'<a class="badge" href="claim-{claim["name"]}.html" title="{escape(claim["title"])}">{claim["name"]}</a>'
 
 
-def dashboard(claims: list[dict], rest: str) -> str:
+def dashboard(claims: list[dict], intro: str, rest: str) -> str:
     """A row for each claim; then how to read them."""
-    html = '<h1>The lecture\'s claims, run</h1><div class="claims">'
+    html = f'<h1>The lecture\'s claims, run</h1>{intro}<p>A square is an answer: <b class="badge yes">yes</b> <b '
+    html += 'class="badge no">no</b> <b class="badge open">open</b>; hollow if fragile.</p><div class="claims">'
     for c in claims:
         html += (
             f'<article><a class="thumb" href="claim-{c["name"]}.html"><img src="figures/claim_{c["name"]}.png" '
             f'loading="lazy" alt="{c["name"]}"></a><div><h3><a href="claim-{c["name"]}.html">{escape(c["title"])}</a>'
             f'</h3><p>{c["finding"]}</p></div><div class="facts">{dots(c)}<span>{c["counts"]}</span><span>'
-            f"{linked(c['decisions'])}</span><span>{c['seeds']} seeds, {c['minutes']} minutes</span></div></article>"
+            f"{linked(c['decisions'])}</span><span>Seeds: {c['seeds']}; minutes: {c['minutes']}</span></div></article>"
         )
     return f"{html}</div>{rest}"
 
 
 def decisions_table(text: str, scripts: list[Script], claims: list[dict]) -> str:
     """For each decision the lines that cite it, its claims, and the tests whose docstrings name it."""
-    tests = "\n".join(path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py")))
-    tests = re.findall(r'^def (test_\w+)\([^)]*\):\n    """([^"]*)"""', tests, re.MULTILINE)
+    files, found = sorted((ROOT / "tests").glob("test_*.py")), r'^def (test_\w+)\([^)]*\):\n    """([^"]*)"""'
+    tests = [(path.name, *test) for path in files for test in re.findall(found, path.read_text(), re.MULTILINE)]
     html = '<div class="wide"><table class="decisions"><tr><th>Decision<th>In the code<th>Claims<th>Tests</tr>'
     for number, title in re.findall(r"^### D(\d+) (.*)", text, re.MULTILINE):
         code = ""
@@ -210,7 +222,8 @@ def decisions_table(text: str, scripts: list[Script], claims: list[dict]) -> str
             links = ", ".join(f'<a href="{script.name}.html#L{n}">{n}</a>' for n in sorted(lines) if n > script.begin)
             code += f"<div><code>{script.name}.py</code> {links}</div>" if links else ""
         about = " ".join(badge(claim) for claim in claims if cites(claim["decisions"], number))
-        proofs = "".join(f"<div><code>{name}</code></div>" for name, about in tests if cites(about, number))
+        found = ((file, name) for file, name, docstring in tests if cites(docstring, number))
+        proofs = "<br>".join(f'<a href="files/tests/{file}"><code>{name}</code></a>' for file, name in found)
         html += f'<tr><th><a href="#d{number}">D{number} {title}</a><td>{code}<td>{about}<td>{proofs}</tr>'
     return html + "</table></div>"
 
@@ -233,8 +246,8 @@ def pages() -> dict[str, tuple[str, str, str]]:
         made[f"claim-{claim['name']}"] = claim["title"], "doc board claim", html
     made |= {name: (re.match("# (.*)", text)[1], "doc", linked(document(text))) for name, text in docs.items()}
     intro = re.sub(r"<!-- overview.*", "", parts[0].partition("\n")[2], flags=re.DOTALL)
-    rest = document(intro + "".join(part for part in parts[1:] if "<!-- end of" not in part))
-    made["claims"] = "Claims", "doc board", dashboard(claims, rest)
+    rest = document("".join(part for part in parts[1:] if "<!-- end of" not in part))
+    made["claims"] = "Claims", "doc board", dashboard(claims, document(intro), rest)
     table = decisions_table(docs["decisions"], [*scripts.values()], claims)
     html = re.sub(r'<div class="wide">.*?</div>', lambda _: table, made["decisions"][2], count=1, flags=re.DOTALL)
     return made | {"decisions": ("Decisions", "doc board", html)}

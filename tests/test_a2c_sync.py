@@ -43,7 +43,7 @@ def updates(monkeypatch):
 
 @pytest.mark.parametrize("num_steps, checkpoint_every", [(1, 10**9), (4, 10**9), (7, 10**9), (4, 50), (1, 20)])
 def test_what_is_learned_from_is_what_happened(workdir, updates, num_steps, checkpoint_every):
-    """All transitions, no reset step, every (s, s') consecutive; resets at checkpoints included."""
+    """D5: all transitions, no reset step, every (s, s') consecutive; resets at checkpoints included."""
     end = run(env_id="toy_envs:Counting-v0", num_steps=num_steps, checkpoint_every=checkpoint_every)
     assert end["updates"] == len(updates)
     learned, ends, going_on, lengths = 0, {True: 0, False: 0}, {}, []

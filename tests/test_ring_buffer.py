@@ -30,7 +30,7 @@ def filled(capacity, n):
 
 @pytest.mark.parametrize("trial", range(30))
 def test_it_holds_what_a_list_would(trial):
-    """Random capacities, batches and masks; wrapping around, before it is full, saved and loaded in between.
+    """D8: random capacities, batches and masks; wrapping around, before it is full, saved and loaded in between.
 
     Whole numbers keep their type, all else is float32.
     """

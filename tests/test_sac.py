@@ -68,7 +68,7 @@ def test_log_density_has_a_gradient_where_tanh_is_saturated():
 
 
 def test_targets_by_hand():
-    """The least critic; the entropy term inside (1 − terminated), pitfall 17; a time limit is no end."""
+    """The least critic (D17); the entropy term inside (1 − terminated), pitfall 17; a time limit is no end."""
     next_value = soft_value(torch.tensor([[10.0, 10.0], [8.0, 12.0]]), torch.tensor([-2.0, -2.0]), 0.5)
     target = sac.td_target(torch.ones(2), torch.tensor([False, True]), next_value, 0.9)
     torch.testing.assert_close(target, torch.tensor([1 + 0.9 * (8 + 1), 1.0]))
