@@ -20,7 +20,7 @@ environment's own bounds.
 parameters φ̄ and φ. arXiv 1812.05905: (1) eq. 2-5, (5) eq. 9, (8) eq. 26, (9) eq. 18 with log α for α. `--estimator
 score` takes (10) in place of (5), the score function's gradient as in off_policy_ac.py, all else equal.
 
-    python sac.py                                     Pendulum-v1: greedy return -142 after 10,000 of its steps
+    python sac.py                                     Pendulum-v1: greedy return -140, in two to four minutes
     python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000 --critic-lr 3e-4      5100
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and
