@@ -242,4 +242,5 @@ def check_spaces(envs, args, images: bool, discrete: bool):
         (box or discrete, "this script needs continuous actions; for discrete ones use off_policy_ac.py"),
     ):  # fmt: skip
         if not fits:
-            raise UserError(f"{args.env_id} has observations {obs} and actions {actions}: {words}.{newer(args.env_id)}")
+            spaces = f"It has observations {obs} and actions {actions}."
+            raise UserError(f"{args.env_id}: {words}. {spaces}{newer(args.env_id)}")

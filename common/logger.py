@@ -32,12 +32,12 @@ class Logger:
         state = state or {"seconds": 0.0, "returns": [], "episodes": []}
         self._returns = deque(state["returns"], maxlen=100)
         self._episodes = state["episodes"]  # return and length, since the last log
-        self._start = time.perf_counter() - state["seconds"]
+        self.start = time.perf_counter() - state["seconds"]
         self._bar = tqdm(total=total_timesteps, initial=env_steps, unit=" steps", unit_scale=True, mininterval=0.5)
 
     def seconds(self) -> float:
         """Seconds of training so far, earlier sessions of a resumed run included."""
-        return time.perf_counter() - self._start
+        return time.perf_counter() - self.start
 
     def recent_return(self) -> float | None:
         """Mean training return of the last 100 episodes."""

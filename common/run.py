@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -198,6 +199,10 @@ class Run:
         self._new_steps += steps
         if episodes:
             self.logger.episodes(self.env_steps, episodes)
+        every = self.args.eval_every
+        if every and self.env_steps // every > self._eval_steps // every:
+            self._eval_steps = self.env_steps
+            self._evaluate()
 
     def new_steps(self) -> int:
         """Environment steps since the last call."""
@@ -215,16 +220,13 @@ class Run:
                 if name.endswith("loss") and not math.isfinite(value):
                     raise FloatingPointError(name)
             self.logger.log(self.env_steps, metrics)
-        every = self.args.eval_every
-        if every and self.env_steps // every > self._eval_steps // every:
-            self._eval_steps = self.env_steps
-            self._evaluate()
 
     def _evaluate(self):
-        """Leaves the training's random numbers as they are."""
-        random, parts = checkpoint.random_state(), self._parts
+        """Leaves the training's random numbers as they are, and its time."""
+        random, parts, begin = checkpoint.random_state(), self._parts, time.perf_counter()
         returns, _ = evaluate(parts["agent"], self.args, parts["envs"].state_dict(), self.args.eval_episodes)
         checkpoint.restore_random(random)
+        self.logger.start += time.perf_counter() - begin
         self.logger.evaluation(self.env_steps, float(np.mean(returns)))
 
     def finish(self, **extra) -> dict:

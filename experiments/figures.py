@@ -191,10 +191,12 @@ def plot_readme(claims, data: Path, folder: Path) -> Path:
     claims = {claim.name: claim for claim in claims}
     figure = plt.figure(figsize=(10.4, 3.8), layout="constrained")
     for part, (name, task) in zip(figure.subfigures(1, 2), README):
-        lines = curves_of(read(data / f"{name}.curves.csv"), task, list(claims[name].tasks[task]))
+        keys = {key(run) for run in runs_of(claims[name], data)}
+        points = [point for point in read(data / f"{name}.curves.csv") if key(point) in keys]
+        lines = curves_of(points, task, list(claims[name].tasks[task]))
         draw_curves(part, lines, title=f"{task}, claim {name}")
         part.legend(ncols=1 if len(lines) > 2 else 2, **LEGEND)
-    return save(figure, folder / "readme.png")
+    return save(figure, folder / "readme.png", Description=" ".join(digest(claims[name], data) for name, _ in README))
 
 
 def digest(claim, data: Path) -> str:

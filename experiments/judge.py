@@ -102,9 +102,10 @@ class Expect:
         # What was not reached may take any longer: for the better row that can only speak against it
         bounds = [any(isinstance(value, AtLeast) for value in each) for each in (better, worse)]
         against, in_favour = bounds if self.lower else reversed(bounds)
-        if min(len(better), len(worse)) < SEEDS or (answer == "yes" and against) or (answer == "no" and in_favour):
+        few = min(map(len, (better, *all_worse.values()))) < SEEDS
+        if few or (answer == "yes" and against) or (answer == "no" and in_favour):
             answer = "open"
-        if self.better != self.worse and (answer == "yes" or (answer == "no" and high < -self.margin)):
+        if self.better != self.worse and answer != "open" and low < high:
             shifted = np.asarray(better) + self.margin * (-1 if self.lower else 1)
             answer += ", fragile" if rank_test(shifted, worse) > 0.05 else ""
         return with_interval(middle, low, high) + rate, answer

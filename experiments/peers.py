@@ -1,6 +1,6 @@
 """Stable-Baselines3's A2C, PPO and SAC, as the laboratory runs our scripts, and with the files that it reads.
 
-The flags are those that its authors publish for the task, else its defaults. One thread, on the CPU.
+The flags are those that its authors publish for the task. One thread, on the CPU.
 
 pip install -e ".[bench,mujoco,box2d]"
 python experiments/peers.py --algorithm sac --env-id Hopper-v5 --total-timesteps 100000 --run-dir runs/sb3
@@ -79,7 +79,9 @@ def main(options: Options):
     if resumed:
         options = Options(**json.loads((folder / "args.json").read_text()))
     algorithm = getattr(stable_baselines3, options.algorithm.upper())
-    flags = dict(FLAGS.get((options.algorithm, options.env_id.partition("-")[0].removesuffix("Continuous")), {}))
+    if (task := (options.algorithm, options.env_id.partition("-")[0])) not in FLAGS:
+        sys.exit(f"There are flags for {', '.join(map(' '.join, FLAGS))}, and not for {' '.join(task)}.")
+    flags = dict(FLAGS[task])
     num_envs, normalize = flags.pop("n_envs", 1), flags.pop("normalize", False)
     if isinstance(flags.get("learning_rate"), list):
         (rate,) = flags["learning_rate"]

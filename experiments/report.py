@@ -17,10 +17,7 @@ from experiments.runner import (
     sample,
 )  # fmt: skip
 
-BY_CHANCE = {
-    5: 0.07,
-    10: 0.04,
-}  # seeds -> share of intervals of a difference without 0, of normal values that are alike
+BY_CHANCE = {5: 0.07, 10: 0.04}  # seeds -> share of intervals of a difference without 0, of values that are alike
 
 
 def cell(values: list[float]) -> str:
@@ -148,8 +145,8 @@ def overview(claims, data: Path) -> str:
         each = judged(claim, runs)
         words = [answer for *_, answer in each]
         answers += words
-        for task, expect, *_ in each:
-            if isinstance(expect, Expect) and not expect.margin and claim.seeds_of(task) >= SEEDS:
+        for task, expect, what, _ in each:
+            if isinstance(expect, Expect) and not expect.margin and what != "not measured":
                 by_chance += BY_CHANCE[10 if claim.seeds_of(task) >= 10 else 5]
         counts = count_answers(words)
         seeds = len({run["seed"] for run in runs})
@@ -163,9 +160,7 @@ def overview(claims, data: Path) -> str:
             ]
         )
     lines = in_rows(table) + ["", f"All {len(answers)} answers: {count_answers(answers)}."]
-    lines.append(
-        f"If no two rows differed, chance alone would answer about {by_chance:.0f} of them: half yes, half no."
-    )
+    lines.append(f"If no two rows differed, chance alone would answer about {by_chance:.0f} of them with yes or no.")
     return "\n".join(lines)
 
 

@@ -132,7 +132,8 @@ def folded(parent: Script, child: Script, pairs, what: str) -> str:
 
 def difference(parent: Script, child: Script) -> str:
     """Side by side, by section; folded what did not change, but for the lines around a change."""
-    command = ["git", "diff", "--no-index", "-w", "--histogram", "-U9999", f"{parent.name}.py", f"{child.name}.py"]
+    command = [*"git diff --no-index --no-color --no-ext-diff -w --histogram -U9999".split(), parent.name, child.name]
+    command[-2:] = (f"{name}.py" for name in command[-2:])
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     found, left, right = {"Docstring, imports": []}, 0, 0
     for line in text[text.index("\n@@") :].splitlines()[2:]:
@@ -233,7 +234,8 @@ def pages() -> dict[str, tuple[str, str, str]]:
     scripts = {name: Script(name) for name in PARENTS}
     docs = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
     claims, parts = claims_of(docs["claims"]), re.split(r"^(?=## )", docs["claims"], flags=re.MULTILINE)
-    made = {"index": ("Actor-critic", "doc", document((ROOT / "README.md").read_text()))}
+    readme = (ROOT / "README.md").read_text() + "\n[All links that leave these pages](links.html)\n"
+    made = {"index": ("Actor-critic", "doc", document(readme))}
     for name, script in scripts.items():
         made[name] = f"{name}.py", "code", annotated(script, docs["decisions"], claims)
         made[f"{name}-notes"] = f"{name}.py: notes", "doc", linked(document(docs.pop(name)))
@@ -254,11 +256,9 @@ def pages() -> dict[str, tuple[str, str, str]]:
 
 
 def main(out: Path = Path("site")):
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(ROOT / "docs" / "figures", out / "figures")
+    template, index, made = Template((LOOK / "page.html").read_text()), [], pages()
+    shutil.copytree(ROOT / "docs" / "figures", out / "figures", dirs_exist_ok=True)
     shutil.copytree(LOOK, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("page.html"))
-    template, index = Template((LOOK / "page.html").read_text()), []
-    made = pages()
     everything = "".join(html for *_, html in made.values())
     links = (f'<li><a href="{link}">{link}</a>' for link in sorted({*re.findall('href="(https?:[^"]+)"', everything)}))
     made["links"] = "Links", "doc", f"<h1>All links that leave these pages</h1><ul>{''.join(links)}</ul>"
@@ -273,7 +273,7 @@ def main(out: Path = Path("site")):
         for part in re.split(r'(?=<h[23] id=|<section id=|<div class="row top")', html):
             anchor = f"#{m[1]}" if (m := re.search(r'id="([^"]+)"', part)) else ""
             words = unescape(re.sub("<[^>]*>", " ", part)).split()
-            index.append([title, f"{name}.html{anchor}", " ".join(words)[:1500]])
+            index.append([title, f"{name}.html{anchor}", " ".join(words)])
     (out / "search.js").write_text(f"INDEX = {json.dumps(index, ensure_ascii=False)}")
     print(f"{len(made)} pages: {(out / 'index.html').resolve()}")
 

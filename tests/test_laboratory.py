@@ -26,7 +26,7 @@ from experiments import runner
 from experiments.__main__ import cli
 from experiments.claims import CLAIMS, Claim
 from experiments.judge import RATES, SEEDS, AtLeast, Expect, Reach, count_answers, interval, iqm
-from experiments.report import block, commands, judged, overview, report, slug
+from experiments.report import BY_CHANCE, block, commands, judged, overview, report, slug
 from experiments.runner import (
     DATA,
     Job,
@@ -66,6 +66,14 @@ def test_an_interval_covers_the_true_mean_about_as_often_as_it_says():
     for seeds, coverage in ((20, 0.94), (SEEDS, 0.9), (3, 0.75)):
         low, high = interval(np.random.default_rng(0).normal(5, 1, (1000, seeds)), at_least=2, n_resamples=2_000)
         assert ((low < 5) & (5 < high)).mean() == pytest.approx(coverage, abs=0.03)
+
+
+@pytest.mark.parametrize("seeds, share", BY_CHANCE.items())
+def test_so_many_differences_are_found_by_chance(seeds, share):
+    """Of normal values that do not differ; the page adds these up."""
+    samples = np.random.default_rng(0).normal(size=(2, 2000, seeds))
+    low, high = interval(*samples, statistic=lambda a, b, axis=-1: iqm(a, axis) - iqm(b, axis), n_resamples=2_000)
+    assert ((low > 0) | (high < 0)).mean() == pytest.approx(share, abs=0.015)
 
 
 @pytest.mark.parametrize(
@@ -475,7 +483,7 @@ def test_the_peers_log_is_on_the_disk_when_it_goes_on(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, f"stable_baselines3{name}", SimpleNamespace(**content))
     text = "env_steps,seconds,tag,value\n50,0.500,charts/episodic_return,4.0\n"
     (tmp_path / "metrics.csv").write_text(text + "90,0.900,charts/episodic_return,5.0\n")
-    (tmp_path / "args.json").write_text('{"env_id": "CartPole-v1"}')
+    (tmp_path / "args.json").write_text('{"env_id": "Hopper-v5"}')
     with pytest.raises(RuntimeError, match=text):  # and not the one after the checkpoint
         peers.main(peers.Options(resume=str(tmp_path)))
 
@@ -626,12 +634,15 @@ def test_a_finding_has_its_numbers_from_the_data():
 
 
 def test_the_figures_are_of_the_data_in_the_repository():
-    from experiments.figures import digest
+    from experiments.figures import README, digest
 
     for claim in CLAIMS:
         if (DATA / f"{claim.name}.runs.csv").exists():
             with Image.open(ROOT / "docs" / "figures" / f"claim_{claim.name}.png") as figure:
                 assert figure.text["Description"] == digest(claim, DATA), f"python -m experiments plot {claim.name}"
+    with Image.open(ROOT / "docs" / "figures" / "readme.png") as figure:
+        shown = [digest(claim, DATA) for name, _ in README for claim in CLAIMS if claim.name == name]
+        assert figure.text["Description"].split() == shown, "python -m experiments plot all"
 
 
 def test_a_claims_block_has_the_numbers(tmp_path):

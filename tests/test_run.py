@@ -361,11 +361,13 @@ def test_files_and_tags_of_a_run_folder(workdir, capsys, name):
 @pytest.mark.parametrize("name", ["a2c_sync", "off_policy_ac"])
 def test_evaluations_amid_the_training_leave_no_trace_in_it(workdir, name):
     """Their number is in metrics.csv and TensorBoard; args.json knows what made the run."""
-    flags = {"updates_per_step": 0.1, "learning_starts": 50} if name == "off_policy_ac" else {}
+    flags = {"updates_per_step": 0.1, "learning_starts": 350} if name == "off_policy_ac" else {}
     ends = [
-        short_run(SCRIPTS[name], total_timesteps=1000, run_dir=folder, eval_every=every, eval_episodes=2, **flags)
-        for folder, every in (("with", 300), ("without", None))
+        short_run(SCRIPTS[name], run_dir=folder, total_timesteps=steps, eval_every=every, eval_episodes=2, **flags)
+        for folder, every, steps in (("with", 300, 1000), ("without", None, 1000), ("part", 300, 450))
     ]
+    resume("part", total_timesteps=1000)
+    assert [row[0] // 300 for row in metrics("part") if row[1] == "eval/return"] == [1, 2, 3]
     rows = metrics("with")
     evaluated = [(steps, pytest.approx(float(value))) for steps, tag, value in rows if tag == "eval/return"]
     assert [steps // 300 for steps, _ in evaluated] == [1, 2, 3] and events("with")["eval/return"] == evaluated
