@@ -544,8 +544,12 @@ CLASSIC = {
     "CartPole-v1": "",
     "Acrobot-v1": f" --env-id Acrobot-v1 {STEPS}",
     "InvertedPendulum-v5": f" --env-id InvertedPendulum-v5 --ent-coef 0 {STEPS}",
-    "MountainCarContinuous-v0": f" --env-id MountainCarContinuous-v0 {STEPS}",
 }
+CAR = " --env-id MountainCarContinuous-v0 --normalize-obs --gamma 0.999 --ent-coef 0.1 --total-timesteps 300000"
+PPO = (  # as the zoo of Stable-Baselines3 has it, but rewards are scaled and observations normalized
+    "--env-id LunarLander-v3 --gamma 0.999 --gae-lambda 0.98 --num-steps 1024 --num-minibatches 256 --ent-coef 0.01 "
+    "--optimizer adam --actor-lr 3e-4 --max-grad-norm 0.5 --normalize-obs --reward-scale 0.05 --total-timesteps 1000000"
+)
 MUJOCO = "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"
 
 
@@ -569,7 +573,8 @@ CLAIMS += [
     result(
         "classic",
         "The classic tasks",
-        {task: {"a2c_sync.py": PLAIN + flags, "a3c_async.py": A3C + flags} for task, flags in CLASSIC.items()},
+        {task: {"a2c_sync.py": PLAIN + flags, "a3c_async.py": A3C + flags} for task, flags in CLASSIC.items()}
+        | {"MountainCarContinuous-v0": {"a2c_sync.py": PLAIN + CAR}},
         {"CartPole-v1": 475, "Acrobot-v1": -100, "InvertedPendulum-v5": 950, "MountainCarContinuous-v0": 90},
         seeds=10,
         published={"Acrobot-v1": {"SB3 zoo": -83.4}, "MountainCarContinuous-v0": {"SB3 zoo": 91.2}},
@@ -606,7 +611,12 @@ CLAIMS += [
         {
             "CartPole-v1": {
                 "a2c_sync.py": f"{A2C} {STEPS}",
-                "PPO": f"{variant('a2c_ppo', A2C)} {STEPS} --num-steps 64 --optimizer adam --actor-lr 1e-3",
+                "PPO": f"{variant('a2c_ppo', A2C)} {STEPS} --gamma 0.98 --gae-lambda 0.9 --num-steps 32 --num-epochs 10 "
+                "--num-minibatches 8 --ent-coef 0 --optimizer adam --actor-lr 1e-3",
+            },
+            "LunarLander-v3": {
+                "a2c_sync.py": f"{LUNAR} --critic-lr 4e-3",
+                "PPO": f"{variant('a2c_ppo', A2C)} {PPO}",
             },
         },
         {},
@@ -642,6 +652,7 @@ CLAIMS += [
         "sac.py: a million steps",
         {task: {"sac.py": soft(task, 1000000)} for task in MUJOCO},
         {"HalfCheetah-v5": 11000, "Hopper-v5": 3300, "Walker2d-v5": 4800},
+        measures=("return", "training return", "last tenth"),
         seeds=5,
         fewer={"HalfCheetah-v5": 3},
         published={
@@ -656,7 +667,7 @@ CLAIMS += [
         {task: {"sac.py": soft(task, 200000), "SB3's SAC": sb3("sac", task, 200000)} for task in MUJOCO},
         {},
         Expect("sac.py", "SB3's SAC"),
-        measures=("return", "training return", "seconds"),
+        measures=("return", "training return", "last tenth", "seconds"),
         seeds=3,
     ),
     result(

@@ -174,10 +174,12 @@ def measured(name: str, results: dict, log: dict) -> float | None:
     episodes = log["charts/episodic_return"]
     if name == "return":
         return results["eval_return_mean"]
-    if not episodes and (name in ("training return", "worst stretch") or " to " in name or " after " in name):
+    if not episodes and (name in ("training return", "last tenth", "worst stretch") or " to " in name or " after " in name):
         return None
     if name == "training return":  # the mean over all steps: how soon as well as how much
         return mean(value for _, _, value in curve(episodes, results["env_steps"]))
+    if name == "last tenth":  # the training return of the last tenth of the steps: no lottery of the last policy
+        return mean(value for _, _, value in curve(episodes, results["env_steps"])[-10:])
     if name == "worst stretch":  # lowest mean of 20 episodes in a row of the second half
         returns = [value for env_steps, _, value in episodes if env_steps > results["env_steps"] / 2] or [
             episodes[-1][2]

@@ -154,6 +154,7 @@ def test_measures_of_a_run():
     results = {"env_steps": 10_000, "seconds": 123.0, "eval_return_mean": 77.0, "q": 3.0}
     assert measured("return", results, log) == 77 and measured("q", results, log) == 3
     assert measured("training return", results, log) == pytest.approx(505)
+    assert measured("last tenth", results, log) == np.mean([10 * i for i in range(91, 101)])
     assert measured("worst stretch", results, log) == np.mean([10 * i for i in range(51, 71)])
     # Returns 310 to 500 have a mean of 405, those before it one of 395
     assert measured("steps to 400", results, log) == 5000 and measured("seconds to 400", results, log) == 50
