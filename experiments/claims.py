@@ -546,6 +546,8 @@ CLASSIC = {
     "InvertedPendulum-v5": f" --env-id InvertedPendulum-v5 --ent-coef 0 {STEPS}",
 }
 CAR = " --env-id MountainCarContinuous-v0 --normalize-obs --gamma 0.999 --ent-coef 0.1 --total-timesteps 300000"
+POLE = "--gamma 0.98 --gae-lambda 0.9 --num-steps 32 --num-epochs 10 --num-minibatches 8 --ent-coef 0"
+POLE += " --optimizer adam --actor-lr 1e-3"
 PPO = (  # as the zoo of Stable-Baselines3 has it, but rewards are scaled and observations normalized
     "--env-id LunarLander-v3 --gamma 0.999 --gae-lambda 0.98 --num-steps 1024 --num-minibatches 256 --ent-coef 0.01 "
     "--optimizer adam --actor-lr 3e-4 --max-grad-norm 0.5 --normalize-obs --reward-scale 0.05 --total-timesteps 1000000"
@@ -611,8 +613,7 @@ CLAIMS += [
         {
             "CartPole-v1": {
                 "a2c_sync.py": f"{A2C} {STEPS}",
-                "PPO": f"{variant('a2c_ppo', A2C)} {STEPS} --gamma 0.98 --gae-lambda 0.9 --num-steps 32 --num-epochs 10 "
-                "--num-minibatches 8 --ent-coef 0 --optimizer adam --actor-lr 1e-3",
+                "PPO": f"{variant('a2c_ppo', A2C)} {STEPS} {POLE}",
             },
             "LunarLander-v3": {
                 "a2c_sync.py": f"{LUNAR} --critic-lr 4e-3",

@@ -174,7 +174,7 @@ def measured(name: str, results: dict, log: dict) -> float | None:
     episodes = log["charts/episodic_return"]
     if name == "return":
         return results["eval_return_mean"]
-    if not episodes and (name in ("training return", "last tenth", "worst stretch") or " to " in name or " after " in name):
+    if not episodes and re.search("training return|last tenth|worst stretch| to | after ", name):
         return None
     if name == "training return":  # the mean over all steps: how soon as well as how much
         return mean(value for _, _, value in curve(episodes, results["env_steps"]))
