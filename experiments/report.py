@@ -9,6 +9,7 @@ from experiments.judge import RATES, SEEDS, AtLeast, Expect, count_answers, coun
 from experiments.runner import (
     DIVERGED,
     FIRST_SEED,
+    Job,
     code_version,
     jobs_of,
     key,
@@ -174,12 +175,15 @@ def results_table(claims, data: Path) -> str:
                 steps = max(int(point["env_steps"]) for point in points if (point["task"], point["row"]) == (task, row))
                 minutes = mean(seconds_of(mine)) / 60
                 flags = re.sub(r"--(eval-episodes|env-id|total-timesteps) \S+ ?", "", mine[0]["command"] + " ")
-                cells = [task, row.partition(",")[0], cell(sample(runs, task, row, "return")), len(mine), f"{steps:,}"]
+                old = any(run["code"] != code_version(Job(*key(run), run["command"])) for run in mine)
+                returns = cell(sample(runs, task, row, "return")) + " †" * old
+                cells = [task, row.partition(",")[0], returns, len(mine), f"{steps:,}"]
                 cells.append(f"{minutes:,.{0 if minutes >= 1 else 1}f}, {machines(mine)}")
                 table.append([*cells, f"`{flags.partition(' ')[2].strip()}`".replace("``", "")])
     tasks = list(dict.fromkeys(task for task, *_ in table))
     table.sort(key=lambda row: tasks.index(row[0]))
-    return "\n".join(in_rows([["Task", "Script", "Return", "Seeds", "Steps", "Minutes a run", "Flags"], *table]))
+    lines = in_rows([["Task", "Script", "Return", "Seeds", "Steps", "Minutes a run", "Flags"], *table])
+    return "\n".join([*lines, "", "† By [earlier code](claims.md#how-to-read-this-page), in part or all."])
 
 
 def machines(runs: list[dict]) -> str:
