@@ -100,8 +100,9 @@ def marked(html: str, spans: list) -> str:
 
 
 def paired(gone: list, new: list, *texts) -> list[tuple]:
-    """Lines that begin with the same name side by side, and the others in their order between these."""
-    keys, pairs, done = [[re.findall(r"\w+|$", line)[0] for line in lines] for lines in texts], [], (0, 0)
+    """Flags and functions of the same name side by side, and the other lines in their order between these."""
+    named, pairs, done = r"^    \w+: |(?:def|class) \w+", [], (0, 0)
+    keys = [[m[0] if (m := re.search(named, line)) else object() for line in lines] for lines in texts]
     for i, j, size in SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks():
         pairs += [*zip_longest(gone[done[0] : i], new[done[1] : j]), *zip(gone[i : i + size], new[j : j + size])]
         done = i + size, j + size
@@ -117,7 +118,8 @@ def cells(parent: Script, child: Script, pairs) -> str:
         for side, script, cell, spans in zip("lr", scripts, pair, changed):
             sign, n = cell or ("none", 0)
             content = f'<a href="{script.link(n)}">{n}</a>{marked(script.coloured[n - 1], spans)}' if n else ""
-            html += f'<pre class="{side} { {" ": "same", "-": "del", "+": "add"}.get(sign, sign) }">{content}</pre>'
+            kind = {" ": "same" if script.lines[n - 1] else "same blank", "-": "del", "+": "add"}.get(sign, sign)
+            html += f'<pre class="{side} {kind}">{content}</pre>'
     return f'<div class="g">{html}</div>' if html else ""
 
 
@@ -158,7 +160,7 @@ def difference(parent: Script, child: Script) -> str:
                 gone = [(sign, left) for sign, left, _ in group if sign == "-"]
                 new = [(sign, right) for sign, _, right in group if sign == "+"]
                 pairs = paired(gone, new, *([s.lines[n - 1] for _, n in g] for s, g in ((parent, gone), (child, new))))
-                few = new or len(gone) < 12
+                few = new or len(gone) < 8
                 html += cells(parent, child, pairs) if few else folded(parent, child, pairs, "removed")
         more, less = (sum(sign == s for sign, *_ in lines) for s in "+-")
         count = f"<ins>+{more}</ins> <del>−{less}</del>" if more + less else "unchanged"
