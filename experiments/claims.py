@@ -193,6 +193,10 @@ CLAIMS = [
         x="seconds",
         timed=True,
         log=True,
+        finding=(
+            "A return of 400 takes 43.8 seconds with one transition a batch, and 1.62 with 32 environments, but no "
+            "more steps."
+        ),
     ),
     Claim(
         "asynchronous",
@@ -206,6 +210,7 @@ CLAIMS = [
         measures=("seconds", "seconds to 400", "training return"),
         x="seconds",
         timed=True,
+        finding="Uneven steps take 114 seconds in lock step, and 43.2 (pooled) or 45 (hogwild) without waiting.",
     ),
     Claim(
         "lag",
@@ -249,6 +254,10 @@ CLAIMS = [
         seeds=10,
         fewer={"Pendulum-v1": 5},
         fails={"CartPole-v1": 475, "Pendulum-v1": -200},
+        finding=(
+            "On CartPole-v1 both mistakes end at 37.3, with Q alone repaired it is 70.2, and with both repairs 500; on "
+            "Pendulum-v1 they cost little."
+        ),
     ),
     Claim(
         "importance",
@@ -457,6 +466,10 @@ CLAIMS = [
         measures=("steps to 475", "seconds to 475", "return"),
         timed=True,
         log=True,
+        finding=(
+            "On InvertedPendulum-v5 off_policy_ac.py needs 13,998 steps and 55.1 seconds, where a2c_sync.py needs "
+            "58,583 steps and 2.64 seconds."
+        ),
     ),
     Claim(
         "clipping",
