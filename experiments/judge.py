@@ -1,6 +1,7 @@
 """Statistics over seeds, and what they say about a claim (arXiv 2108.13264 on why this mean and these intervals)."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -42,6 +43,18 @@ def rank_test(*samples) -> float:
     return mannwhitneyu(*samples, method=PermutationMethod(n_resamples=9999, rng=0)).pvalue
 
 
+@cache  # each is on the page, and counted at its top
+def difference(better: tuple, worse: tuple, sign: int, paired: bool) -> tuple[float, float, float]:
+    """Of the two IQMs, and its interval; `paired`: of the same runs."""
+
+    def statistic(a, b, axis=-1):
+        return sign * (iqm(a, axis) - iqm(b, axis))
+
+    low, high = interval(better, worse, statistic=statistic, n_resamples=100_000, paired=paired)
+    found = statistic(np.asarray(better), np.asarray(worse)), low, high
+    return tuple(float(each) + 0.0 for each in found)  # + 0.0: not -0
+
+
 @dataclass(frozen=True)
 class Expect:
     """A measure is higher with row `better` than with `worse` (`lower`: lower); with a margin: or worse by no more."""
@@ -69,18 +82,6 @@ class Expect:
     def worse_rows(self) -> list[str]:
         return [self.worse, *(self.worse + rate for rate in RATES if self.tuned)]
 
-    def difference(self, better, worse) -> tuple[float, float, float]:
-        """How far this is true: the difference of the two IQMs, and its interval."""
-        sign = -1 if self.lower else 1
-
-        def statistic(a, b, axis=-1):
-            return sign * (iqm(a, axis) - iqm(b, axis))
-
-        options = {"n_resamples": 100_000, "paired": self.better == self.worse}  # of the same runs
-        low, high = interval(better, worse, statistic=statistic, **options)
-        found = statistic(np.asarray(better), np.asarray(worse)), low, high
-        return tuple(float(each) + 0.0 for each in found)  # + 0.0: not -0
-
     def judge(self, sample, _planned: int) -> tuple[str, str]:
         """What was found, in words, and yes, no, or open: the interval leaves it so, or too few seeds do.
 
@@ -97,7 +98,8 @@ class Expect:
             return f"{counted(diverged, 'run')} diverged", "open"
         best = (min if self.lower else max)(all_worse, key=lambda row: iqm(all_worse[row]))
         worse, rate = all_worse[best], best.removeprefix(self.worse)
-        middle, low, high = self.difference(better, worse)
+        sign, paired = -1 if self.lower else 1, self.better == self.worse
+        middle, low, high = difference(tuple(better), tuple(worse), sign, paired)
         answer = "yes" if low > -self.margin else "no" if high <= -self.margin else "open"
         # What was not reached may take any longer: for the better row that can only speak against it
         bounds = [any(isinstance(value, AtLeast) for value in each) for each in (better, worse)]

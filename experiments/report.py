@@ -66,7 +66,8 @@ def block(claim, data: Path) -> str:
     notes = [seeds_in_words(runs)]
     if (there := len(jobs.keys() & {key(run) for run in runs})) < len(jobs):
         notes.append(f"so far {there} of {len(jobs)} runs")
-    if old := sum(key(run) in jobs and run["code"] != code_version(jobs[key(run)]) for run in runs):
+    codes = {job.key[:2]: code_version(job) for job in jobs_of(claim, 1)}
+    if old := sum(run["code"] != codes[key(run)[:2]] for run in runs if key(run) in jobs):
         notes.append(f"{counted(old, 'run')} by earlier code")
     counts = count_answers([answer for *_, answer in answers])
     more = [f"{counted(round(sum(seconds_of(runs)) / 60), 'minute')} of training."]
@@ -175,7 +176,8 @@ def results_table(claims, data: Path) -> str:
                 steps = max(int(point["env_steps"]) for point in points if (point["task"], point["row"]) == (task, row))
                 minutes = mean(seconds_of(mine)) / 60
                 flags = re.sub(r"--(eval-episodes|env-id|total-timesteps) \S+ ?", "", mine[0]["command"] + " ")
-                old = any(run["code"] != code_version(Job(*key(run), run["command"])) for run in mine)
+                today = code_version(Job(*key(mine[0]), mine[0]["command"]))
+                old = any(run["code"] != today for run in mine)
                 returns = cell(sample(runs, task, row, "return")) + " †" * old
                 cells = [task, row.partition(",")[0], returns, len(mine), f"{steps:,}"]
                 cells.append(f"{minutes:,.{0 if minutes >= 1 else 1}f}, {machines(mine)}")

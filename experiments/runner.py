@@ -252,8 +252,9 @@ def runs_of(claim, data: Path) -> list[dict]:
     declared = {job.key[:2]: job for job in jobs_of(claim, 1)}
     runs = [run for run in read(data / f"{claim.name}.runs.csv") if key(run)[:2] in declared]
     for name, today in (("command", lambda job: job.command), ("code", code_version)):
-        renewed = {key(run)[:2] for run in runs if run[name] == today(declared[key(run)[:2]])}
-        runs = [run for run in runs if key(run)[:2] not in renewed or run[name] == today(declared[key(run)[:2]])]
+        wanted = {row: today(job) for row, job in declared.items()}
+        renewed = {key(run)[:2] for run in runs if run[name] == wanted[key(run)[:2]]}
+        runs = [run for run in runs if key(run)[:2] not in renewed or run[name] == wanted[key(run)[:2]]]
     return runs
 
 
