@@ -14,6 +14,7 @@ from pathlib import Path
 import tyro
 
 from common.flags import ROOT
+from experiments.patch import patched
 from experiments.runner import read_log
 
 FAULTS = {  # script, flags, the metric that gives it away
@@ -36,10 +37,10 @@ def run(number: int, faulty: bool, out: Path) -> dict:
         shutil.rmtree(folder, ignore_errors=True)
         with tempfile.TemporaryDirectory() as copy:
             shutil.copytree(ROOT / "common", Path(copy, "common"))
-            shutil.copy(ROOT / f"{script}.py", copy)
             if faulty:
-                patch = str(ROOT / "docs" / "exercises" / f"{number}.diff")
-                subprocess.run(["git", "apply", "--unsafe-paths", f"--directory={copy}", patch], cwd="/", check=True)
+                patched(number, script, copy)
+            else:
+                shutil.copy(ROOT / f"{script}.py", copy)
             words = [sys.executable, f"{script}.py", *flags.split(), "--seed", "1", "--run-dir", str(folder.absolute())]
             subprocess.run(words, cwd=copy, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                            env=os.environ | {"PYTHONPATH": copy, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip

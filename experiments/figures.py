@@ -127,8 +127,7 @@ def plot_claim(claim, data: Path, folder: Path) -> Path | None:
     None if there is no data.
     """
     runs = runs_of(claim, data)
-    keys = set(map(key, runs))
-    points = [point for point in read(data / f"{claim.name}.curves.csv") if key(point) in keys]
+    points = points_of(claim, runs, data)
     tasks = [task for task in claim.tasks if any(run["task"] == task for run in runs)]
     if not tasks:
         return None
@@ -173,6 +172,12 @@ def plot_claim(claim, data: Path, folder: Path) -> Path | None:
     return save(figure, folder / f"claim_{claim.name}.png", Description=digest(claim, data))
 
 
+def points_of(claim, runs: list[dict], data: Path) -> list[dict]:
+    """The curves' points of these runs."""
+    keys = set(map(key, runs))
+    return [point for point in read(data / f"{claim.name}.curves.csv") if key(point) in keys]
+
+
 def curves_of(points: list[dict], task: str, rows: list[str]) -> dict[str, list[np.ndarray]]:
     """row -> curves of its seeds; rows in which no episode has ended, and those of other rates, are left out."""
     lines = {}
@@ -191,8 +196,7 @@ def plot_readme(claims, data: Path, folder: Path) -> Path:
     claims = {claim.name: claim for claim in claims}
     figure = plt.figure(figsize=(10.4, 3.8), layout="constrained")
     for part, (name, task) in zip(figure.subfigures(1, 2), README):
-        keys = {key(run) for run in runs_of(claims[name], data)}
-        points = [point for point in read(data / f"{name}.curves.csv") if key(point) in keys]
+        points = points_of(claims[name], runs_of(claims[name], data), data)
         lines = curves_of(points, task, list(claims[name].tasks[task]))
         draw_curves(part, lines, title=f"{task}, claim {name}")
         part.legend(ncols=1 if len(lines) > 2 else 2, **LEGEND)

@@ -134,9 +134,8 @@ def folded(parent: Script, child: Script, pairs, what: str) -> str:
 
 def difference(parent: Script, child: Script) -> str:
     """Side by side, by section; folded what did not change, but for the lines around a change."""
-    command = [*"git diff --no-index --no-color --no-ext-diff -w --histogram -U9999".split(), parent.name, child.name]
-    command[-2:] = (f"{name}.py" for name in command[-2:])
-    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    command = f"git diff --no-index --no-color --no-ext-diff -w --histogram -U9999 {parent.name}.py {child.name}.py"
+    text = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True).stdout
     found, left, right = {"Docstring, imports": []}, 0, 0
     for line in text[text.index("\n@@") :].splitlines()[2:]:
         if banner := re.match(rf".{BANNER}", line):
@@ -215,8 +214,8 @@ def dashboard(claims: list[dict], intro: str, rest: str) -> str:
 
 def decisions_table(text: str, scripts: list[Script], claims: list[dict]) -> str:
     """For each decision the lines that cite it, its claims, and the tests whose docstrings name it."""
-    files, found = sorted((ROOT / "tests").glob("test_*.py")), r'^def (test_\w+)\([^)]*\):\n    """([^"]*)"""'
-    tests = [(path.name, *test) for path in files for test in re.findall(found, path.read_text(), re.MULTILINE)]
+    files, test = sorted((ROOT / "tests").glob("test_*.py")), r'^def (test_\w+)\([^)]*\):\n    """([^"]*)"""'
+    tests = [(path.name, *found) for path in files for found in re.findall(test, path.read_text(), re.MULTILINE)]
     html = '<div class="wide"><table class="decisions"><tr><th>Decision<th>In the code<th>Claims<th>Tests</tr>'
     for number, title in re.findall(r"^### D(\d+) (.*)", text, re.MULTILINE):
         code = ""

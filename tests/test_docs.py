@@ -5,7 +5,6 @@ import importlib.util
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,6 +16,7 @@ from conftest import ROOT, finish, start
 from common.flags import check_ranges
 from experiments.__main__ import chosen
 from experiments.exercises import FAULTS
+from experiments.patch import patched
 from experiments.report import slug
 
 README = ROOT / "README.md"
@@ -93,23 +93,20 @@ def test_command(page, command, monkeypatch):
         assert words[0] in ("tensorboard", "pytest")
 
 
-def patched(name, script, folder):
-    """Lines of a script and of its copy in `folder`, to which an exercise's diff has been applied."""
-    shutil.copy(ROOT / f"{script}.py", folder)
-    patch = str(ROOT / "docs" / "exercises" / f"{name}.diff")
-    subprocess.run(["git", "apply", "--unsafe-paths", f"--directory={folder}", patch], cwd="/", check=True)
-    return [(path / f"{script}.py").read_text().splitlines() for path in (ROOT, folder)]
+def before_and_after(name, script, folder):
+    """Lines of a script, and of its copy in `folder` with an exercise's diff."""
+    return [path.read_text().splitlines() for path in (ROOT / f"{script}.py", patched(name, script, folder))]
 
 
 @pytest.mark.parametrize("number, script", [(number, script) for number, (script, *_) in FAULTS.items()])
 def test_a_planted_fault_changes_one_line_of_a_script(number, script, tmp_path):
-    before, after = patched(number, script, tmp_path)
+    before, after = before_and_after(number, script, tmp_path)
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
 
 
 @pytest.mark.parametrize("name, script, flags", [("ppo", "a2c_sync", ""), ("td3", "sac", "--learning-starts 300")])
 def test_a_solution_trains(name, script, flags, workdir):
-    before, after = patched(name, script, workdir)
+    before, after = before_and_after(name, script, workdir)
     changes = [line for line in difflib.ndiff(before, after) if line[0] in "+-"]
     assert name != "ppo" or len(changes) <= 60
     (workdir / "common").symlink_to(ROOT / "common")
