@@ -17,8 +17,9 @@ environment's own bounds.
     (10) L_score = −mean_{s,k} log π_θ(a^π_k|s) (S(s, a^π_k) − b_k)
 
 γ --gamma, K --num-action-samples, τ --tau, α --alpha, Q_i one of the --num-critics, S̄ made of their averaged copies, of
-parameters φ̄ and φ. arXiv 1812.05905: (1) eq. 2-5, (5) eq. 9, (8) eq. 26, (9) eq. 18 with log α for α. `--estimator
-score` takes (10) in place of (5), the score function's gradient as in off_policy_ac.py, all else equal.
+parameters φ̄ and φ. Greedy actions are those of an averaged actor, by (6) with --actor-tau. arXiv 1812.05905: (1) eq.
+2-5, (5) eq. 9, (8) eq. 26, (9) eq. 18 with log α for α. `--estimator score` takes (10) in place of (5), the score
+function's gradient as in off_policy_ac.py, all else equal.
 
     python sac.py                                     Pendulum-v1: greedy return -140, in two to four minutes
     python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000 --critic-lr 3e-4      5100
@@ -62,6 +63,7 @@ class Args(RunArgs):
     num_action_samples: Count = 1  # K, actions sampled at every state of the batch; score needs 2 or more (D14)
     alpha: Literal["auto"] | Positive = "auto"  # α, weight of the entropy: tuned to an entropy of −dim A, or fixed
     tau: Share = 0.005  # τ, share of the critics that their averaged copy takes over in an update
+    actor_tau: Share = 0.001  # the same for the actor, whose averaged copy acts greedily; 1: the actor itself does
     actor_lr: Positive = 3e-4  # learning rate of the actor and of the temperature
     critic_lr: Positive | None = 1e-3  # learning rate of the critics; None: that of the actor
     compile: bool = False  # torch.compile the update, which takes up to a minute before the first one
@@ -167,13 +169,13 @@ class ActorCritic(nn.Module):
         critic_body = nn.Sequential(hidden, nn.ReLU(inplace=True), last, nn.ReLU(inplace=True))
         self.critic = Critic(critic_body, MLP.num_features, num_critics)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(float(alpha)).log())
 
     @torch.no_grad()
     def act(self, obs, greedy=False):
         """obs (N, ...) -> actions (N,) or (N, A), sampled or the most likely ones."""
-        policy = self.actor(obs)
-        return (policy.mode() if greedy else policy.sample()).tanh()
+        return (self.averaged_actor(obs).mode() if greedy else self.actor(obs).sample()).tanh()
 
 
 # --- Equations --------------------------------------------------------------------------------------------------------
@@ -274,6 +276,7 @@ def update(agent, optimizer, batch, args):
     loss.backward()
     optimizer.step()
     polyak_update(agent.target_critic, agent.critic, args.tau)
+    polyak_update(agent.averaged_actor, agent.actor, args.actor_tau)
     return metrics
 
 

@@ -125,7 +125,7 @@ class Reach:
 
     def __str__(self) -> str:
         words = f" on {self.seeds} seeds" if self.seeds else ""
-        return f"{self.row}: {self.measure} of at least {self.at_least:g}{words}"
+        return f"{self.row}: {self.measure} of at least {self.at_least:,g}{words}"
 
     def rows(self) -> set[str]:
         return {self.row}

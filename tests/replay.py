@@ -51,7 +51,7 @@ def make_batch(discrete=False, B=12):
 
 
 def check_updates(script, written_out, discrete=False, **flags):
-    """Metrics, the gradient of every parameter, the step along it, and that of the target network; five updates.
+    """Metrics, the gradient of every parameter, the step along it, and those of averaged copies; five updates.
 
     written_out(agent, batch, args) gives the metrics; the losses among them have gradients.
     """
@@ -59,12 +59,14 @@ def check_updates(script, written_out, discrete=False, **flags):
     params = {"actor": list(agent.actor.parameters()), "critic": list(agent.critic.parameters())}
     params |= {"alpha": [agent.log_alpha]} if hasattr(agent, "log_alpha") else {}
     rates = {"actor": 0.02, "critic": 0.05, "alpha": 0.04}
+    copies = [(copy_, *each) for name, *each in (("target_critic", "critic", 0.3), ("averaged_actor", "actor", 0.2))
+              if (copy_ := getattr(agent, name, None))]  # fmt: skip
     optimizer = torch.optim.SGD([{"params": each, "lr": rates[name]} for name, each in params.items()])
     for _ in range(5):
         batch, rng = make_batch(discrete), torch.get_rng_state()
         wanted = written_out(agent, batch, args)
         gradients = {n: torch.autograd.grad(wanted[f"{n}_loss"], params[n], retain_graph=True) for n in params}
-        before = copy.deepcopy(params), copy.deepcopy(agent.target_critic)
+        before = copy.deepcopy(params), copy.deepcopy(copies)
         torch.set_rng_state(rng)
         found = script.update(agent, optimizer, batch, args)
         assert {n: x.item() for n, x in found.items()} == pytest.approx(
@@ -76,18 +78,19 @@ def check_updates(script, written_out, discrete=False, **flags):
                 assert gradient.any()
                 torch.testing.assert_close(p.grad, gradient)
                 torch.testing.assert_close(p, old - rates[name] * gradient)
-        for p, source, old in zip(agent.target_critic.parameters(), params["critic"], before[1].parameters()):
-            torch.testing.assert_close(p, 0.3 * source + 0.7 * old)
-            assert p.grad is None and not p.requires_grad
+        for (averaged, name, tau), (old, *_) in zip(copies, before[1]):
+            for p, source, q in zip(averaged.parameters(), params[name], old.parameters(), strict=True):
+                torch.testing.assert_close(p, tau * source + (1 - tau) * q)
+                assert p.grad is None and not p.requires_grad
 
 
 def check_rates(script, discrete, rates, **flags):
-    """Adam's first step is the rate itself, along the sign of the gradient; the target network is in no group."""
+    """Adam's first step is the rate itself, along the sign of the gradient; averaged copies are in no group."""
     args, agent = make_parts(script, discrete, tau=1e-9, **flags)
     before = copy.deepcopy(dict(agent.named_parameters()))
     script.update(agent, script.make_optimizer(agent, args), make_batch(discrete), args)
     for name, p in agent.named_parameters():
-        rate = (rates | {"target_critic": 0.0})[name.partition(".")[0]]
+        rate = (rates | {"target_critic": 0.0, "averaged_actor": 0.0})[name.partition(".")[0]]
         assert (p - before[name]).abs().max().item() == pytest.approx(rate, rel=0.01, abs=1e-8), name
 
 

@@ -195,14 +195,15 @@ def test_layers_start_orthogonal_and_the_policy_nearly_the_same_everywhere():
     assert policy.mean.abs().max() < 0.05 and policy.log_std.abs().max() < 0.05
 
 
-def test_greedy_actions_are_squashed_too_and_sigma_is_bounded():
+def test_greedy_actions_are_the_averaged_actors_and_squashed_too_and_sigma_is_bounded():
     agent, obs = replay.make_parts(sac)[1], torch.randn(4, 4)
     greedy, sampled = agent.act(obs, greedy=True), agent.act(obs)
-    torch.testing.assert_close(greedy, agent.actor(obs).mean.detach().tanh())
+    torch.testing.assert_close(greedy, agent.averaged_actor(obs).mean.tanh())
     assert not torch.equal(sampled, greedy) and (sampled.abs() <= 1).all() and not sampled.requires_grad
     for bias, log_std in ((100.0, 2.0), (-100.0, -20.0)):
         agent.actor.head.bias.data.fill_(bias)
         assert (agent.actor(obs).log_std == log_std).all()
+        assert (agent.act(obs) == bias / 100).all() and torch.equal(agent.act(obs, greedy=True), greedy)
 
 
 # --- One update, written out plainly ----------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def losses_written_out(agent, batch, args):
     ids=str,
 )
 def test_every_update_is_the_one_written_out_plainly(double, flags):
-    replay.check_updates(sac, losses_written_out, gamma=0.7, **flags)
+    replay.check_updates(sac, losses_written_out, gamma=0.7, actor_tau=0.2, **flags)
 
 
 @pytest.mark.parametrize("flags", [{}, {"estimator": "score", "num_action_samples": 3}], ids=str)
@@ -284,7 +285,7 @@ def test_the_actors_loss_leaves_no_gradient_in_the_critics(monkeypatch, flags):
 def test_each_network_has_its_own_rate(alpha, critic_lr):
     """log α has the actor's, or is fixed."""
     rates = {"actor": 3e-3, "critic": critic_lr or 3e-3, "log_alpha": 3e-3 if alpha == "auto" else 0.0}
-    replay.check_rates(sac, False, rates, actor_lr=3e-3, critic_lr=critic_lr, alpha=alpha)
+    replay.check_rates(sac, False, rates, actor_lr=3e-3, critic_lr=critic_lr, alpha=alpha, actor_tau=1e-9)
     agent = replay.make_parts(sac, alpha=alpha)[1]
     assert agent.log_alpha.exp().item() == pytest.approx(1.0 if alpha == "auto" else alpha)
 
@@ -398,6 +399,6 @@ def test_it_learns(workdir):
     """A random policy gets -21; the best, which looks at the observation, 0."""
     end = run(
         env_id="toy_envs:Target-v0", num_envs=4, total_timesteps=1_000, learning_starts=200, updates_per_step=0.7,
-        actor_lr=5e-3, critic_lr=5e-3, batch_size=64, eval_episodes=50,
+        actor_lr=5e-3, critic_lr=5e-3, actor_tau=0.02, batch_size=64, eval_episodes=50,
     )  # fmt: skip
     assert end["eval_return_mean"] > -2
