@@ -86,7 +86,7 @@ RANGES = {  # flags -> values outside and inside
     "seed": ([-1, 2**32], [0, 2**32 - 1]),
     "learning_starts max_lag": ([-1], [0, 1]),
     "gamma gae_lambda": ([-0.1, 1.01, NAN], [0.0, 1.0]),
-    "tau": ([0.0, 1.1, NAN], [1e-9, 1.0]),
+    "tau actor_tau": ([0.0, 1.1, NAN], [1e-9, 1.0]),
     "actor_lr critic_lr rmsprop_eps max_grad_norm reward_scale worker_timeout updates_per_step alpha": POSITIVE,
     "ent_coef value_coef slow_worker": NON_NEGATIVE,
 }
