@@ -124,8 +124,10 @@ class Reach:
     task: str | None = None
 
     def __str__(self) -> str:
-        words = f" on {self.seeds} seeds" if self.seeds else ""
-        return f"{self.row}: {self.measure} of at least {self.at_least:,g}{words}"
+        return f"{self.row}: {self.measure} of at least {self.aim()}"
+
+    def aim(self) -> str:
+        return f"{self.at_least:,g}{f' on {self.seeds} seeds' if self.seeds else ''}"
 
     def rows(self) -> set[str]:
         return {self.row}

@@ -101,7 +101,7 @@ def is_aim(claim, expect) -> bool:
 
 def rows_of(claim, runs: list[dict], answers: list[tuple]) -> list[list]:
     """A row of the table for each of the claim; one with three learning rates has a column for each."""
-    aims = {(t, e.row): f"{str(e).rpartition('at least ')[2]}: {a}" for t, e, _, a in answers if is_aim(claim, e)}
+    aims = {(t, e.row): f"{e.aim()}: {a}" for t, e, _, a in answers if is_aim(claim, e)}
     first, *others = claim.measures
     rated = any(row.endswith(RATES) for rows in claim.tasks.values() for row in rows)
     table = [
