@@ -111,6 +111,7 @@ class DistributedRun(Run):
         if signals > 0:
             self._stop_signal = self._heard or signal.SIGTERM
         self.env_steps += int(steps) - own_steps
+        self.count(0, [])  # with those of the others, --eval-every may be due
         return int(steps)
 
     def log(self, metrics: dict):

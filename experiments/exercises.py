@@ -19,13 +19,13 @@ from experiments.runner import read_log
 
 FAULTS = {  # script, flags, the metric that gives it away
     1: ("a2c_sync", "--env-id Acrobot-v1 --total-timesteps 200000", "losses/value"),
-    2: ("sac", "--total-timesteps 5000", "losses/alpha"),
+    2: ("sac", "--total-timesteps 5000 --actor-tau 1", "losses/alpha"),
     3: ("a2c_sync", "--total-timesteps 100000", "losses/value"),
     4: ("off_policy_ac", "--total-timesteps 15000", "losses/entropy"),
     5: ("a3c_async", "--total-timesteps 200000", "losses/value"),
     6: ("off_policy_ac", "--env-id Pendulum-v1 --total-timesteps 8000", "losses/value"),
     7: ("off_policy_ac", "--env-id Pendulum-v1 --total-timesteps 8000", "losses/critic_loss"),
-    8: ("sac", "--total-timesteps 5000", "losses/actor_loss"),
+    8: ("sac", "--total-timesteps 5000 --actor-tau 1", "losses/actor_loss"),
 }
 
 

@@ -93,6 +93,7 @@ def main(options: Options):
         envs = VecNormalize(envs, gamma=flags.get("gamma", 0.99))
     if resumed:
         model = algorithm.load(checkpoint, envs, device="cpu")
+        model.set_random_seed(options.seed + model.num_timesteps)  # else it would draw again what it drew first
         if buffer.exists():
             model.load_replay_buffer(buffer)
         rows = [row for row in csv.reader(metrics.open()) if row[0].isdigit() and int(row[0]) <= model.num_timesteps]

@@ -157,8 +157,9 @@ def overview(claims, data: Path) -> str:
         words = [answer for *_, answer in each]
         answers += words
         for task, expect, what, _ in each:
-            if isinstance(expect, Expect) and not expect.margin and what != "not measured":
-                by_chance += BY_CHANCE[10 if claim.seeds_of(task) >= 10 else 5]
+            made = len({run["seed"] for run in runs if run["task"] == task})
+            if isinstance(expect, Expect) and not expect.margin and what != "not measured" and made >= SEEDS:
+                by_chance += BY_CHANCE[10 if made >= 10 else 5]
         counts = count_answers(words)
         seeds = len({run["seed"] for run in runs})
         table.append(
@@ -182,8 +183,9 @@ def results_table(claims, data: Path) -> str:
         runs, points = runs_of(claim, data), read(data / f"{claim.name}.curves.csv")
         for task, row in ((task, row) for task, rows in claim.tasks.items() for row in rows):
             if mine := [run for run in runs if (run["task"], run["row"]) == (task, row)]:
-                steps = max(int(point["env_steps"]) for point in points if (point["task"], point["row"]) == (task, row))
-                minutes = mean(seconds_of(mine)) / 60
+                keys = {key(run) for run in mine}
+                steps = max((int(point["env_steps"]) for point in points if key(point) in keys), default=0)
+                minutes = mean(seconds_of(mine) or [0]) / 60
                 flags = re.sub(r"--(eval-episodes|env-id|total-timesteps) \S+ ?", "", mine[0]["command"] + " ")
                 today = code_version(Job(*key(mine[0]), mine[0]["command"]))
                 old = any(run["code"] != today for run in mine)

@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 
@@ -23,6 +24,7 @@ from common.flags import ROOT
 from experiments.judge import AtLeast, counted
 
 DATA = ROOT / "experiments" / "data"
+PPO = ROOT / "docs" / "exercises" / "ppo.diff"
 FIRST_SEED = 100  # flags are chosen on seeds below it
 QUICK = {  # flags that make a run of each script a matter of seconds
     "a2c_sync": "--total-timesteps 4000 --eval-episodes 2 --no-compile",
@@ -102,6 +104,8 @@ def code_version(job: Job) -> str:
     for word in job.words()[1]:
         if ":" in word:  # --env-id module:Name
             sources(module_path(word.partition(":")[0]), found)
+    if ROOT / "experiments" / "patch.py" in found:  # a2c_ppo.py
+        found[PPO] = PPO.read_text()
     trees = [(str(name.relative_to(ROOT)), tree) for name, tree in found.items()]
     return hashlib.sha256(repr(sorted(trees)).encode()).hexdigest()[:16]
 
@@ -298,7 +302,8 @@ def circumstances() -> tuple[str, str, str, str]:
         commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout
     except FileNotFoundError:  # no git
         changed, commit = "", "unknown"
-    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "gymnasium"))
+    names = [name for name in ("torch", "gymnasium", "mujoco", "stable_baselines3") if find_spec(name)]
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     family = f" (family {cpu.get('cpu family')}, model {cpu.get('model')})" if cpu else ""

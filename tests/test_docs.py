@@ -98,8 +98,9 @@ def before_and_after(name, script, folder):
     return [path.read_text().splitlines() for path in (ROOT / f"{script}.py", patched(name, script, folder))]
 
 
-@pytest.mark.parametrize("number, script", [(number, script) for number, (script, *_) in FAULTS.items()])
-def test_a_planted_fault_changes_one_line_of_a_script(number, script, tmp_path):
+@pytest.mark.parametrize("number, script, flags", [(number, *words[:2]) for number, words in FAULTS.items()])
+def test_a_planted_fault_changes_one_line_of_a_script(number, script, flags, tmp_path):
+    assert f"{number}.diff && python {script}.py {flags}`" in (ROOT / "docs" / "exercises.md").read_text()
     before, after = before_and_after(number, script, tmp_path)
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
 

@@ -26,7 +26,7 @@ from experiments import runner
 from experiments.__main__ import cli
 from experiments.claims import CLAIMS, Claim
 from experiments.judge import RATES, SEEDS, AtLeast, Expect, Reach, count_answers, interval, iqm
-from experiments.report import BY_CHANCE, block, commands, judged, overview, report, slug
+from experiments.report import BY_CHANCE, block, commands, judged, overview, report, results_table, slug
 from experiments.runner import (
     DATA,
     Job,
@@ -467,8 +467,9 @@ def test_the_peers_log_is_on_the_disk_when_it_goes_on(tmp_path, monkeypatch):
     from experiments import peers
 
     class SAC:
-        num_timesteps = 50
+        num_timesteps, seeds = 50, []
         load = classmethod(lambda cls, *_, **__: cls())
+        set_random_seed = seeds.append
         load_replay_buffer = save = save_replay_buffer = lambda *_: None
 
         def learn(self, *_, **__):
@@ -487,6 +488,7 @@ def test_the_peers_log_is_on_the_disk_when_it_goes_on(tmp_path, monkeypatch):
     (tmp_path / "args.json").write_text('{"env_id": "Hopper-v5"}')
     with pytest.raises(RuntimeError, match=text):  # and not the one after the checkpoint
         peers.main(peers.Options(resume=str(tmp_path)))
+    assert SAC.seeds == [peers.Options.seed + 50]  # Stable-Baselines3 begins anew with the first one
 
 
 def test_a_variant_with_a_state_of_its_own_is_made_anew(tmp_path, monkeypatch):
@@ -672,6 +674,11 @@ def test_a_claims_block_has_the_numbers(tmp_path):
     assert "chance alone would answer about 0 of them" in overview([TOY], tmp_path)
     runner.write(tmp_path / "toy.runs.csv", names, data[:3])
     assert "| task | a | 11 (3 seeds) | 1 (3 seeds) |" in block(TOY, tmp_path)
+    points = [dict(zip(runner.POINT, ("task", "a", seed, steps, 1, 1))) for seed, steps in ((100, 40), (103, 90))]
+    runner.write(tmp_path / "toy.curves.csv", runner.POINT, points)
+    assert "| a | 11 (3 seeds) † | 3 | 40 | 0.0, 1 |" in results_table([TOY], tmp_path)  # no run has seed 103 now
+    runner.write(tmp_path / "toy.runs.csv", names, [data[1] | {"seconds of run": runner.DIVERGED}])
+    assert "| a | diverged † | 1 | 0 |" in results_table([TOY], tmp_path)
     rated = replace(TOY, tasks={"task": {"a": "x", "a" + RATES[0]: "x", "a" + RATES[1]: "x"}})
     runner.write(tmp_path / "toy.runs.csv", names, data[:3] + [row | {"row": "a" + RATES[1]} for row in data[:2]])
     assert "|  | return | rate / 2 | rate / 10 | training" in block(rated, tmp_path)

@@ -108,6 +108,15 @@ def test_a_job_is_resumed_to_the_bit_and_a_signal_to_one_rank_stops_all_and_a_re
     assert all("does not give each of 2 ranks" in each for each in too_few) and not (folder / "new").exists()
 
 
+def test_an_evaluation_is_due_with_the_steps_of_all_ranks(monkeypatch):
+    run, evaluated = object.__new__(ranks.DistributedRun), []
+    vars(run).update(args=Args(eval_every=100), env_steps=0, _new_steps=0, _eval_steps=0, _heard=None)
+    monkeypatch.setattr(ranks.DistributedRun, "_evaluate", lambda run: evaluated.append(run.env_steps))
+    monkeypatch.setattr(ranks, "total", lambda own_steps, _: (2 * own_steps, 0))
+    run.count(50, [])
+    assert run.new_steps() == 100 and evaluated == [100]
+
+
 def test_shares_of_the_environments(monkeypatch):
     monkeypatch.setattr(ranks, "SIZE", 3)
     assert [monkeypatch.setattr(ranks, "RANK", rank) or ranks.part(8) for rank in range(3)] == [3, 3, 2]
