@@ -32,8 +32,8 @@ def commands():
     """(page, command) for each shell command in an indented block or in back quotes."""
     for page in PAGES:
         for line in page.read_text().splitlines():
-            if re.match(r"    (pip|python|tensorboard|pytest) ", line):
-                found = [line]
+            if shell := re.match(r"    (?:[A-Z_]+=\S+ )*((?:pip|python|tensorboard|pytest) .*)", line):
+                found = [shell[1]]
             else:
                 found = re.findall(r"`((?:python|pip|git|tensorboard) [^`]+)`", line)
                 scripts = re.findall(rf"`((?:{'|'.join(SCRIPTS)})\.py -[^`]+)`", line)
