@@ -22,7 +22,7 @@ parameters φ̄ and φ. Greedy actions are those of an averaged actor, by (6) wi
 function's gradient as in off_policy_ac.py, all else equal.
 
     python sac.py                                     Pendulum-v1: greedy return -140, in two to four minutes
-    python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000 --critic-lr 3e-4      5100
+    python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000      5500
 
 The step after an episode's end only resets the environment (gymnasium's NEXT_STEP mode). It is not a transition, and
 the mask `valid` keeps it out of what is learned and counted. All other steps show the true successor of a state.
