@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tyro
-from conftest import ROOT, environment
+from conftest import ROOT, environment, finish, start
 from helpers import wait_for
 from PIL import Image
 
@@ -513,11 +513,11 @@ def test_a_variants_folder_is_not_the_scripts(tmp_path):
     assert subprocess.run([*words, *flags], **options).returncode == 0
     assert json.loads((tmp_path / "run" / "args.json").read_text())["script"] == "a2c_truncation"
     more = ["--resume", str(tmp_path / "run"), "--total-timesteps", "800"]
-    wrong = subprocess.run([sys.executable, "a2c_sync.py", *more], **options)
-    assert wrong.returncode != 0 and "was made by a2c_truncation.py; resume it with that script" in wrong.stderr
+    status, _, err = finish(start("a2c_sync.py", *more, cwd=ROOT))
+    assert status != 0 and "was made by a2c_truncation.py; resume it with that script" in err
     assert subprocess.run([*words[:3], *more], **options).returncode == 0
-    wrong = subprocess.run([sys.executable, "evaluate.py", str(tmp_path / "run")], **options)
-    assert wrong.returncode != 0 and "none of the scripts here" in wrong.stderr
+    status, _, err = finish(start("evaluate.py", tmp_path / "run", cwd=ROOT))
+    assert status != 0 and "none of the scripts here" in err
 
 
 @pytest.mark.slow
