@@ -47,7 +47,7 @@ def list_(commands: bool = False):
         page, figure = DOCS / claim.page, f"docs/figures/claim_{claim.name}.png"
         if not commands and (ROOT / figure).exists():
             part = page.read_text().partition(f"<!-- {claim.name}: made by")[2]
-            answers = re.search(r"<summary>What was expected: (.*?)</summary>", part)
+            answers = re.search(r"What was expected: (.*?\))(?:</summary>|\. )", part)
             print(f"{'':32}{answers[1]}; {figure}")
 
 

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 from experiments.judge import RATES, AtLeast, Reach, interval, iqm
-from experiments.runner import curve, key, read, runs_of, sample
+from experiments.runner import curve, key, points_of, read, runs_of, sample
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -170,12 +170,6 @@ def plot_claim(claim, data: Path, folder: Path) -> Path | None:
             if name == "return" and marks:
                 each.legend(ncols=2, **LEGEND)
     return save(figure, folder / f"claim_{claim.name}.png", Description=digest(claim, data))
-
-
-def points_of(claim, runs: list[dict], data: Path) -> list[dict]:
-    """The curves' points of these runs."""
-    keys = set(map(key, runs))
-    return [point for point in read(data / f"{claim.name}.curves.csv") if key(point) in keys]
 
 
 def curves_of(points: list[dict], task: str, rows: list[str]) -> dict[str, list[np.ndarray]]:

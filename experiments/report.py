@@ -13,7 +13,7 @@ from experiments.runner import (
     code_version,
     jobs_of,
     key,
-    read,
+    points_of,
     runs_of,
     sample,
 )  # fmt: skip
@@ -76,9 +76,11 @@ def block(claim, data: Path) -> str:
         more.append(f"A seed has failed if its greedy return is below {limits}.")
     more.append(f"[Commands and machines](../experiments/data/{claim.name}.txt).")
     others = [each for each in answers if not is_aim(claim, each[1])]
-    table = [*in_rows(expectations(others)), ""] if others else []
-    lines += [f"<details><summary>What was expected: {counts} ({', '.join(notes)})</summary>", "", *table]
-    return "\n".join([*lines, " ".join(more), "</details>"])
+    expected, more = f"What was expected: {counts} ({', '.join(notes)})", " ".join(more)
+    if not others:
+        return "\n".join([*lines, f"{expected}. {more}"])
+    table = [*in_rows(expectations(others)), ""]
+    return "\n".join([*lines, f"<details><summary>{expected}</summary>", "", *table, more, "</details>"])
 
 
 def expectations(answers: list[tuple]) -> list[list]:
@@ -180,17 +182,17 @@ def results_table(claims, data: Path) -> str:
     """A row for each task and script; those that stand beside a peer's have a table of their own."""
     table = []
     for claim in (claim for claim in claims if not claim.name.startswith("peer-")):
-        runs, points = runs_of(claim, data), read(data / f"{claim.name}.curves.csv")
+        runs = runs_of(claim, data)
+        points = points_of(claim, runs, data)
         for task, row in ((task, row) for task, rows in claim.tasks.items() for row in rows):
             if mine := [run for run in runs if (run["task"], run["row"]) == (task, row)]:
-                keys = {key(run) for run in mine}
-                steps = max((int(point["env_steps"]) for point in points if key(point) in keys), default=0)
+                ends = [int(point["env_steps"]) for point in points if (point["task"], point["row"]) == (task, row)]
                 minutes = mean(seconds_of(mine) or [0]) / 60
                 flags = re.sub(r"--(eval-episodes|env-id|total-timesteps) \S+ ?", "", mine[0]["command"] + " ")
                 today = code_version(Job(*key(mine[0]), mine[0]["command"]))
                 old = any(run["code"] != today for run in mine)
                 returns = cell(sample(runs, task, row, "return")) + " †" * old
-                cells = [task, row.partition(",")[0], returns, len(mine), f"{steps:,}"]
+                cells = [task, row.partition(",")[0], returns, len(mine), f"{max(ends, default=0):,}"]
                 cells.append(f"{minutes:,.{0 if minutes >= 1 else 1}f}, {machines(mine)}")
                 table.append([*cells, f"`{flags.partition(' ')[2].strip()}`".replace("``", "")])
     tasks = list(dict.fromkeys(task for task, *_ in table))

@@ -262,6 +262,12 @@ def runs_of(claim, data: Path) -> list[dict]:
     return runs
 
 
+def points_of(claim, runs: list[dict], data: Path) -> list[dict]:
+    """The curves' points of these runs."""
+    keys = set(map(key, runs))
+    return [point for point in read(data / f"{claim.name}.curves.csv") if key(point) in keys]
+
+
 def sample(runs: list[dict], task: str, row: str, measure: str) -> list[float | None]:
     """The measure of each seed of a row: AtLeast where a run did not get there, None where it diverged."""
     mine = [run for run in runs if (run["task"], run["row"]) == (task, row)]
