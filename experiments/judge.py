@@ -36,7 +36,8 @@ def interval(*samples, statistic=iqm, at_least=SEEDS, **options) -> tuple:
     return found.confidence_interval.low, found.confidence_interval.high
 
 
-def rank_test(*samples) -> float:
+@cache
+def rank_test(*samples: tuple) -> float:
     """p of Mann and Whitney's test, two-sided; exact up to five seeds a sample, ties included."""
     from scipy.stats import PermutationMethod, mannwhitneyu
 
@@ -108,8 +109,8 @@ class Expect:
         if few or (answer == "yes" and against) or (answer == "no" and in_favour):
             answer = "open"
         if self.better != self.worse and answer != "open" and low < high:
-            shifted = np.asarray(better) + self.margin * (-1 if self.lower else 1)
-            answer += ", fragile" if rank_test(shifted, worse) > 0.05 else ""
+            shifted = tuple(np.asarray(better) + self.margin * (-1 if self.lower else 1))
+            answer += ", fragile" if rank_test(shifted, tuple(worse)) > 0.05 else ""
         return with_interval(middle, low, high) + rate, answer
 
 
