@@ -648,7 +648,10 @@ CLAIMS += [
             "Pendulum-v1": {"off_policy_ac.py": f"{OFF} {PENDULUM}"},
             "InvertedPendulum-v5": {"off_policy_ac.py": f"{OFF} --env-id InvertedPendulum-v5"},
             "Acrobot-v1": {"off_policy_ac.py": f"{OFF} --env-id Acrobot-v1"},
-            "LunarLander-v3": {"off_policy_ac.py": f"{OFF} --env-id LunarLander-v3 --total-timesteps 150000"},
+            "LunarLander-v3": {
+                "off_policy_ac.py": f"{OFF} --env-id LunarLander-v3 --ent-coef 0.5 --actor-lr 3e-4 --critic-lr 1e-3 "
+                "--total-timesteps 150000"
+            },
             "HalfCheetah-v5": {
                 "off_policy_ac.py": f"{OFF} --env-id HalfCheetah-v5 --num-action-samples 10 --total-timesteps 200000"
             },
