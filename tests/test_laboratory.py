@@ -641,7 +641,7 @@ def test_a_finding_has_its_numbers_from_the_data():
 def test_what_is_copied_from_the_tables_stands_in_them():
     """README's results, and the column "Ours" beside what others publish."""
     readme, results, claims = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md", "docs/claims.md"))
-    made = "".join(re.findall(r"<!-- \w+: made by .*?<!-- end of ", results + claims, re.DOTALL))
+    made = "".join(re.findall(r"<!-- [\w-]+: made by .*?<!-- end of ", results + claims, re.DOTALL))
     for page, head, column in ((readme, "| Greedy return | Seeds |\n", -3), (results, "| Theirs | Ours |\n", -2)):
         _, *rows = page.partition(head)[2].partition("\n\n")[0].splitlines()
         cells = [re.sub(r"\(.*?\)", "", row.split("|")[column]) for row in rows]
