@@ -194,8 +194,8 @@ CLAIMS = [
         timed=True,
         log=True,
         finding=(
-            "A return of 400 takes 231 seconds with one transition a batch, and 2.7 with 32 environments; with 4 of them "
-            "it takes a third of the steps."
+            "A return of 400 takes 231 seconds with one transition a batch, and 2.7 with 32 environments; with 4 of "
+            "them it takes a third of the steps."
         ),
     ),
     Claim(
