@@ -115,6 +115,7 @@ def scale(axes, name: str, ticks: int = 4):
         axes.xaxis.set_major_formatter(THOUSANDS)
     elif name == "log":
         axes.set_xscale("log")
+        axes.tick_params(axis="x", which="minor", labelsize=7)
     else:
         axes.set_xscale("symlog", linthresh=10)
         axes.xaxis.get_major_locator().set_params(numticks=7)
