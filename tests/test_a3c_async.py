@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -16,8 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finish, start
-from helpers import checkpoint, children, metrics, session_members, wait_for
+from helpers import checkpoint, children, metrics
 
 import a2c_sync
 import a3c_async
@@ -25,7 +23,6 @@ import common.run
 from a3c_async import Args, Rollout, hogwild_update, make_agent, make_optimizer, train
 from common.envs import make_envs
 from common.flags import UserError
-from common.run import run_cli
 from common.workers import copy_parameters, shared
 from evaluate import load_args
 
@@ -500,61 +497,6 @@ def test_a_fault_of_every_worker_ends_the_run_with_its_traceback(workdir, update
     with pytest.raises(UserError, match=r"(?s)workers died \d+ times in a row.*toy_envs.py.*RuntimeError: worn out"):
         run(env_id="toy_envs:WornOut-v0", update=update, num_steps=200, total_timesteps=10**6)
     assert not children(os.getpid()) and checkpoint("run")["env_steps"] == 0  # there is one to look at
-
-
-ENDS = [("pooled", signal.SIGINT), ("pooled", signal.SIGKILL)]
-ENDS += [pytest.param("hogwild", how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGKILL)]
-
-
-@pytest.mark.parametrize("update, how", ENDS)
-def test_no_process_is_left(workdir, update, how):
-    """However the main process ends, and not even one that hangs."""
-    flags = "--run-dir run --num-workers 3 --num-envs 12 --total-timesteps 100000000 --update".split()
-    process = start(ROOT / "a3c_async.py", *flags, update, cwd=workdir, start_new_session=True)
-    log = Path("run/metrics.csv")
-    wait_for(lambda: process.poll() is not None or (log.exists() and "lag/mean" in log.read_text()))
-    wait_for(lambda: len(children(process.pid)) == 3)
-    workers = children(process.pid)
-    time.sleep(0.5)  # until all have begun
-    try:
-        os.kill(workers[0], signal.SIGSTOP)  # one that hangs
-        if how == signal.SIGKILL:
-            process.kill()
-        else:
-            os.killpg(process.pid, how)  # as a terminal does, and batch systems
-        status, _, err = finish(process, timeout=60)
-    except subprocess.TimeoutExpired:  # nor by a test that fails
-        for pid in set(workers) & set(session_members(process.pid)):
-            os.kill(pid, signal.SIGKILL)
-        raise
-    if how != signal.SIGKILL:
-        assert status == 128 + how and "--resume run" in err and "Traceback" not in err, err
-        assert checkpoint("run")["env_steps"] > 0
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), timeout=10)
-
-
-BAD = {
-    "--num-envs 3 --num-workers 2": "--num-envs must be a multiple of --num-workers",
-    "--num-workers 0": "--num-workers must lie in [1, inf)",
-    "--max-lag -1": "--max-lag must lie in [0, inf)",
-    "--slow-worker -1": "--slow-worker must lie in [0, inf)",
-    "--worker-timeout 0": "--worker-timeout must lie in (0, inf)",
-    "--vectorization async": "give more --num-workers",
-    "--device auto": "use --update pooled",
-    "--engine ray": "use --update pooled",
-    "--network shared --critic-lr 0.1": "--critic-lr needs separate networks",
-    "--env-id CartPole-v9": "CartPole",
-}
-
-
-@pytest.mark.parametrize("words", BAD)
-def test_bad_input(workdir, monkeypatch, words):
-    monkeypatch.setattr("sys.argv", ["a3c_async.py", *words.split()])
-    with pytest.raises(SystemExit) as exit:
-        run_cli(train, Args)
-    message = exit.value.code
-    assert isinstance(message, str) and message.startswith("error: ") and BAD[words] in message
-    assert "\n" not in message and not list(Path(".").iterdir())
 
 
 # --- Slow: workers that hang and die, learning ------------------------------------------------------------------------

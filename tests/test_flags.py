@@ -146,6 +146,8 @@ BAD_A3C = {
     "--vectorization async": "the workers are processes already",
     "--num-envs 3 --num-workers 2": "--num-envs",
     "--network shared --critic-lr 0.1": "--critic-lr needs separate networks",
+    "--device auto": "use --update pooled",
+    "--engine ray": "use --update pooled",
 }
 BAD_BUFFER = {
     "--buffer-size 2 --num-envs 3 --batch-size 1": "--buffer-size must be at least",

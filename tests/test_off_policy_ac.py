@@ -16,7 +16,6 @@ from toy_envs import Counting
 
 import off_policy_ac
 from common.envs import make_envs
-from common.flags import UserError
 from off_policy_ac import Args, check_flags, leave_one_out, loss_fn, make_agent, make_optimizer, train, update
 
 run, make_parts = partial(replay.short_run, off_policy_ac), partial(replay.make_parts, off_policy_ac)
@@ -365,26 +364,6 @@ def test_flags(workdir, flags):
 def test_updates_are_counted_per_transition(workdir, monkeypatch, num_envs, updates_per_step):
     """Pitfall 19."""
     replay.check_update_count(off_policy_ac, monkeypatch, num_envs, updates_per_step)
-
-
-@pytest.mark.parametrize(
-    "flags, part",
-    [
-        ({"env_id": "toy_envs:Images-v0"}, "takes vectors; for images use a2c_sync.py"),
-        ({"env_id": "toy_envs:ImagesBox-v0"}, "takes vectors; for images use a2c_sync.py"),
-        ({"critic": "v"}, "--actor-actions buffer, or importance"),
-        ({"num_action_samples": 1}, "--num-action-samples 2"),
-        ({"buffer_size": 2, "num_envs": 3, "batch_size": 1}, "--buffer-size must be at least --num-envs"),
-        ({"buffer_size": 15}, "and --batch-size"),
-        ({"learning_starts": 130}, "nothing would be learned"),
-    ],
-    ids=str,
-)
-def test_bad_input(workdir, flags, part):
-    """One sentence, before anything is written."""
-    with pytest.raises(UserError, match=part):
-        run(**flags)
-    assert not list(workdir.iterdir())
 
 
 def test_it_learns(workdir):
