@@ -14,9 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import zygote
-from helpers import wait_for
-
-from common.workers import Workers
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -125,18 +122,6 @@ def workdir(tmp_path, monkeypatch):
     path.mkdir()
     monkeypatch.chdir(path)
     return path
-
-
-@pytest.fixture
-def all_workers_begin(monkeypatch):
-    """Else the worker that starts first may make a short run by itself."""
-    original = Workers.start
-
-    def start(workers, *args):
-        original(workers, *args)
-        wait_for(lambda: all(pipe.poll() for pipe in workers._pipes), timeout=300)  # each has said that it begins
-
-    monkeypatch.setattr(Workers, "start", start)
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from evaluate import frame, load_agent, load_args, write_video
 PONG = {"env_id": "ALE/Pong-v5", "num_envs": 4, "network": "shared"}
 
 
-def test_atari_is_the_cpp_vector_environment():
-    envs = make_envs(Args(**PONG))
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_atari_is_the_cpp_vector_environment(vectorization):
+    envs = make_envs(Args(**PONG, vectorization=vectorization))
     assert type(envs.unwrapped).__name__ == "AtariVectorEnv"
     obs, _ = envs.reset(seed=1)
     assert obs.shape == (4, 4, 84, 84) and obs.dtype == np.uint8
@@ -81,24 +82,13 @@ def test_scaled_rewards_are_for_learning_only():
         envs.close()
 
 
-def test_images_are_not_normalized(workdir):
-    with pytest.raises(UserError, match="--normalize-obs is for vectors"):
-        train(Args(**PONG, normalize_obs=True))
-    assert list(Path(".").iterdir()) == []
-
-
-def test_atari_is_native_whatever_the_vectorization():
-    envs = make_envs(Args(**PONG, vectorization="async"))
-    assert type(envs.unwrapped).__name__ == "AtariVectorEnv"
-    envs.close()
-
-
 @pytest.mark.parametrize(
     "env_id, today",
     [
         ("PongNoFrameskip-v4", "ALE/Pong-v5"),
         ("BreakoutDeterministic-v4", "ALE/Breakout-v5"),
         ("Pong-v4", "ALE/Pong-v5"),
+        ("Pong-v5", "ALE/Pong-v5"),
         ("HalfCheetah-v2", "HalfCheetah-v5"),
         ("Walker2d-v3", "Walker2d-v5"),
         ("MyEnv-v0", None),

@@ -115,9 +115,6 @@ BAD = {
     "--env-id CartPol-v1": "Did you mean: `CartPole`",
     "--env-id CartPole-v7": "CartPole",
     "--env-id LunarLander-v2": "LunarLander-v3",
-    "--env-id PongNoFrameskip-v4": "Did you mean ALE/Pong-v5?",
-    "--env-id Pong-v5": "Did you mean ALE/Pong-v5?",
-    "--env-id HalfCheetah-v3": "Did you mean HalfCheetah-v5?",
     "--env-id Nothing/Like-this-v0": "Nothing",
     "--env-id no_such_package:Env-v0": "there is no package 'no_such_package' to import",
     "--env-id toy_envs:Constnt-v0": "Did you mean: `Constant`",
@@ -146,8 +143,6 @@ BAD_A3C = {
     "--vectorization async": "the workers are processes already",
     "--num-envs 3 --num-workers 2": "--num-envs",
     "--network shared --critic-lr 0.1": "--critic-lr needs separate networks",
-    "--device auto": "use --update pooled",
-    "--engine ray": "use --update pooled",
 }
 BAD_BUFFER = {
     "--buffer-size 2 --num-envs 3 --batch-size 1": "--buffer-size must be at least",

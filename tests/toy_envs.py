@@ -134,16 +134,7 @@ UNUSUAL = {
     "SmallImage": with_spaces(Box(0, 255, (3, 20, 20), np.uint8)),
     "MultiDiscreteActions": with_spaces(VECTOR, MultiDiscrete([2, 2])),
     "UnboundedActions": with_spaces(VECTOR, Box(-np.inf, np.inf, (2,), np.float32)),
-    "SixFrames": with_spaces(Box(0, 255, (18, 84, 84), np.uint8)),  # the only one that the scripts take
 }
-
-
-class Nothing(ConstantBox):
-    """No reward at all."""
-
-    def step(self, action):
-        obs, _, *rest = super().step(action)
-        return obs, 0.0, *rest
 
 
 class Reusing(gym.vector.VectorEnv):
@@ -259,10 +250,13 @@ class WornOut(Constant):
 
     count = 0
 
+    def fail(self):
+        raise RuntimeError(f"worn out after {self.count} steps")
+
     def step(self, action):
         self.count += 1
         if self.count == 100:
-            raise RuntimeError(f"worn out after {self.count} steps")
+            self.fail()
         return super().step(action)
 
 
@@ -331,16 +325,11 @@ class Meddling(Constant):
         return super().step(action)
 
 
-class Window(Constant):
+class Window(WornOut):
     """Somebody closes its window at its 100th step, and pygame's usual code ends the program."""
 
-    count = 0
-
-    def step(self, action):
-        self.count += 1
-        if self.count == 100:
-            sys.exit()
-        return super().step(action)
+    def fail(self):
+        sys.exit()
 
 
 class Former(Constant):
@@ -406,7 +395,6 @@ for name, box in (("Reusing", False), ("ReusingBox", True)):
 gym.register("Terminating-v0", Constant, kwargs={"terminates": True})
 gym.register("TerminatingBox-v0", ConstantBox, kwargs={"terminates": True})
 gym.register("BrokenBox-v0", Broken, kwargs={"box": True})
-gym.register("BrokenObs-v0", Broken, kwargs={"what": "observation", "after": 70, "length": 10})
 gym.register("BrokenObsBox-v0", Broken, kwargs={"what": "observation", "after": 70, "length": 10, "box": True})
 gym.register("BrokenReset-v0", Broken, kwargs={"what": "reset", "value": np.inf, "after": 70, "length": 10})
 gym.register("Huge-v0", Broken, kwargs={"what": "observation", "value": 1e300, "after": 5})  # infinite as float32
