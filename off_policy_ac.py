@@ -18,7 +18,7 @@ The lecture's mistakes and alternatives, a flag each: --critic v fits V to the a
 (D12); --baseline none is plain Q, b = 0 (D13).
 
 The states in (5) are still those of older policies (D15). Beyond D8-D15 the file has the baseline (3), the entropy
-bonus and the target network (6), without which it mostly learns worse (docs/off_policy_ac.md). Against a2c_sync.py it
+bonus and the target network (6), each of which it mostly needs (docs/off_policy_ac.md). Against a2c_sync.py it
 also has 256 units of ReLU a layer and Adam; it has no decay of the rates, no clipping of gradients, and no images.
 
     python off_policy_ac.py                                 CartPole-v1: greedy return 500, in 2 to 5 minutes

@@ -300,8 +300,8 @@ CLAIMS = [
             Expect("K = 8, baseline", "K = 8, plain Q"),
         ],
         finding=(
-            "Two samples with a baseline learn both tasks (500 and -155); 64 without one do on three seeds and on one "
-            "(441 and -1,474)."
+            "Two samples with a baseline learn both tasks (500 and -155); 64 without it learn them on three "
+            "seeds of five and on one (441 and -1,474)."
         ),
     ),
     Claim(

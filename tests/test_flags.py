@@ -143,6 +143,10 @@ BAD_A3C = {
     "--vectorization async": "the workers are processes already",
     "--num-envs 3 --num-workers 2": "--num-envs",
     "--network shared --critic-lr 0.1": "--critic-lr needs separate networks",
+    "--device auto": "use --update pooled",
+    "--env-id CartPole-v9": "CartPole",
+    "--num-workers 0": "--num-workers must lie in [1, inf)",
+    "--max-lag -1": "--max-lag must lie in [0, inf)",
 }
 BAD_BUFFER = {
     "--buffer-size 2 --num-envs 3 --batch-size 1": "--buffer-size must be at least",

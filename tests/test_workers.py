@@ -273,8 +273,11 @@ RUNS = {"hogwild": "a3c_async.py --num-workers 2", "async": "a2c_sync.py --vecto
 RUNS["pooled"] = "a3c_async.py --num-workers 2 --update pooled --batch-size 8"
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "Ctrl-C"])
-@pytest.mark.parametrize("kind", RUNS)
+ENDS = [(kind, how) for kind in RUNS for how in (signal.SIGKILL, signal.SIGINT)]
+ENDS += [pytest.param(kind, signal.SIGTERM, marks=pytest.mark.slow) for kind in ("hogwild", "pooled")]
+
+
+@pytest.mark.parametrize("kind, how", ENDS, ids=str)
 def test_no_process_is_left(workdir, kind, how):
     """Ten seconds after SIGKILL of the main process, while workers step or (pooled) wait; Ctrl-C is for it alone.
 
@@ -286,7 +289,7 @@ def test_no_process_is_left(workdir, kind, how):
     try:
         await_checkpoints(2)  # the first is that of step 0
         workers = children(process.pid)
-        if how == "SIGKILL":
+        if how == signal.SIGKILL:
             process.send_signal(signal.SIGSTOP)
             time.sleep(0.5 if kind == "pooled" else 0)  # until they wait
         else:
@@ -296,12 +299,12 @@ def test_no_process_is_left(workdir, kind, how):
             assert sorted(children(process.pid)) == sorted(workers) and len(workers) == (4 if kind == "async" else 2)
         if kind != "async":
             os.kill(workers[0], signal.SIGSTOP)
-        os.killpg(process.pid, signal.SIGINT) if how == "Ctrl-C" else process.kill()  # as a terminal does
+        process.kill() if how == signal.SIGKILL else os.killpg(process.pid, how)  # as a terminal or a batch system does
         process.wait(timeout=300)
         wait_for(lambda: not session_members(process.pid), timeout=10)
         status, _, err = finish(process)
-        assert status == {"SIGKILL": -9, "Ctrl-C": 130}[how], err
-        assert how == "SIGKILL" or not re.search("Traceback|replaced", err), err
+        assert status == (-9 if how == signal.SIGKILL else 128 + how), err
+        assert how == signal.SIGKILL or "--resume run" in err and not re.search("Traceback|replaced", err), err
     finally:
         for pid in session_members(process.pid):
             os.kill(pid, signal.SIGKILL)
