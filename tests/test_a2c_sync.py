@@ -1,13 +1,14 @@
 """a2c_sync.py as a whole: what is learned from, what is counted, and that it learns."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import toy_envs  # registers the environments
-from helpers import checkpoint, metrics, results, same
+from helpers import checkpoint, children, metrics, results, same
 
 import a2c_sync
 from a2c_sync import Args, Rollout, make_agent, make_optimizer, make_rollout, train
@@ -181,7 +182,7 @@ def test_flags(workdir, updates, flags):
     trained, initial = checkpoint("run")["parts"]["agent"], updates[0][2]
     unmoved = [name for name in initial if torch.equal(initial[name], trained[name])]
     assert end["updates"] > 10 and math.isfinite(end["eval_return_mean"])
-    assert unmoved == [] and initial.keys() == trained.keys()
+    assert unmoved == [] and initial.keys() == trained.keys() and not children(os.getpid())
     tags = {tag for _, tag, _ in metrics("run")}
     assert ("losses/trunk_grad_cosine" in tags) == (flags.get("network") == "shared")
 

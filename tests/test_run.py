@@ -329,6 +329,7 @@ def test_files_and_tags_of_a_run_folder(workdir, capsys, name):
     flags = {"updates_per_step": 0.1} if name in ("off_policy_ac", "sac") else {}
     end = short_run(SCRIPTS[name], total_timesteps=1_600, eval_episodes=3, **flags)
     assert end["script"] == name and list(end) == RESULTS.split() + ["train_return_mean"] + LAGS * (name == "a3c_async")
+    assert end["env_steps"] == checkpoint("run")["env_steps"] == results("run")["env_steps"] >= 1_600
     names = sorted(path.name for path in Path("run").iterdir())
     assert [*names[:2], *names[3:]] == ["args.json", "checkpoint.pt", "metrics.csv", "results.json"]
     assert names[2].startswith("events.out.tfevents")

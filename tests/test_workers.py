@@ -270,8 +270,6 @@ def await_checkpoints(num):
 
 RUNS = {"hogwild": "a3c_async.py --num-workers 2", "async": "a2c_sync.py --vectorization async"}
 RUNS["pooled"] = "a3c_async.py --num-workers 2 --update pooled --batch-size 8"
-
-
 ENDS = [(kind, how) for kind in RUNS for how in (signal.SIGKILL, signal.SIGINT)]
 ENDS += [pytest.param(kind, signal.SIGTERM, marks=pytest.mark.slow) for kind in ("hogwild", "pooled")]
 
