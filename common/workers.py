@@ -79,6 +79,8 @@ class Worker:
             except Exception:
                 with suppress(OSError):  # there may be no main process any more
                     self._pipe.send(f"failed:\n{traceback.format_exc()}")
+            finally:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing but SIGKILL cuts off what closes
 
 
 class BaseWorkers:

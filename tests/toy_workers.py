@@ -77,7 +77,7 @@ def hand_over_and_fail(worker, own_a_process=False):
     """With what an environment may have started, whose process id is then the number."""
     child = subprocess.Popen(["sleep", "100000"]) if own_a_process else None
     if child:
-        worker.at_exit.callback(child.kill)
+        worker.at_exit.callback(lambda: (time.sleep(0.3), child.kill()))  # as slow as an environment may close
     hand_over(worker, [child.pid if child else 0])
     worker.next(network())  # until it has been taken
     fail(worker)
