@@ -318,7 +318,7 @@ CLAIMS = [
             for task, flags in REPLAY_TASKS.items()
         },
         [Expect("all", row, "training return") for row in ("no baseline", "no entropy bonus", "no target network")],
-        finding="Without the baseline CartPole-v1 ends at 249, without the target network at 250; with all it is 500.",
+        finding="In training CartPole-v1 has 353; without the baseline it is 213, and without the target network 286.",
     ),
     Claim(
         "buffer",
