@@ -318,7 +318,7 @@ CLAIMS = [
             for task, flags in REPLAY_TASKS.items()
         },
         [Expect("all", row, "training return") for row in ("no baseline", "no entropy bonus", "no target network")],
-        finding="In training CartPole-v1 has 353; without the baseline it is 213, and without the target network 286.",
+        finding="CartPole-v1 has a training return of 353, 213 without the baseline, 286 without the target network.",
     ),
     Claim(
         "buffer",
