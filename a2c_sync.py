@@ -50,7 +50,7 @@ class Args(RunArgs):
     actor_lr: Positive = 1e-2  # learning rate of the actor; with --network shared of everything
     critic_lr: Positive | None = None  # learning rate of the critic; by default that of the actor
     lr_decay: bool = True  # let the learning rates fall linearly to 0 at --total-timesteps
-    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # with ε inside the root, as in the published results; or Adam
+    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # with ε inside the root, and clipped updates; or Adam
     rmsprop_eps: Positive = 1e-5  # ε inside RMSProp's root; 1e-8 for images, whose gradients are smaller (docs)
     max_grad_norm: Positive | None = None  # gradients of a network are scaled down to this norm; 0.5 is usual (docs)
     normalize_obs: bool = False  # shift and scale each element of a vector observation by its running mean and variance

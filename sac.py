@@ -165,9 +165,9 @@ class ActorCritic(nn.Module):
     def __init__(self, num_obs, num_actions, num_critics, alpha):
         super().__init__()
         self.actor = Actor(MLP(num_obs), MLP.num_features, num_actions)
-        hidden, last = BatchedLinear(num_critics, num_obs + num_actions, 256), BatchedLinear(num_critics, 256, 256)
-        critic_body = nn.Sequential(hidden, nn.ReLU(inplace=True), last, nn.ReLU(inplace=True))
-        self.critic = Critic(critic_body, MLP.num_features, num_critics)
+        size, relu = MLP.num_features, nn.ReLU(inplace=True)
+        hidden, last = BatchedLinear(num_critics, num_obs + num_actions, size), BatchedLinear(num_critics, size, size)
+        self.critic = Critic(nn.Sequential(hidden, relu, last, relu), size, num_critics)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.averaged_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(float(alpha)).log())

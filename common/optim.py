@@ -1,4 +1,4 @@
-"""RMSProp as the published A3C and A2C results used it."""
+"""A3C's RMSProp, with clipped updates."""
 
 import torch
 

@@ -137,11 +137,7 @@ def curves(
             each for each in saved.values() if (each["script"], each["env_id"]) == (flags["script"], flags["env_id"])
         ]
         differing = sorted(name for name in flags if any(each.get(name) != flags[name] for each in alike))
-        differing = [
-            f"{name} {flags[name]}"
-            for name in differing
-            if name not in ("seed", "run_dir", "resume", "job", "made_with")
-        ]
+        differing = [f"{name} {flags[name]}" for name in differing if name not in OF_ONE_RUN]
         try:
             episodes = read_log(folder)["charts/episodic_return"]
         except (KeyError, ValueError):

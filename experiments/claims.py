@@ -437,7 +437,7 @@ CLAIMS = [
         },
         [Expect("all of SAC", row, "training return") for row in list(tweaks(""))[1:]],
         finding=(
-            "On Pendulum-v1 only the target network is worth something (-839 without it, -151 with all); on "
+            "On Pendulum-v1 only the target network shows its worth (-839 without it, -151 with all); on "
             "Hopper-v5 the correction for tanh is, too."
         ),
     ),
@@ -606,6 +606,7 @@ CLAIMS += [
         "LunarLander and BipedalWalker",
         {task: {"a2c_sync.py": command} for task, command in BOX2D.items()},
         {"LunarLander-v3": 230, "LunarLanderContinuous-v3": 240, "BipedalWalker-v3": 300},
+        measures=("return", "training return", "last tenth"),
         seeds=10,
         published={"LunarLander-v3": {"SB3 zoo, PPO": 242}, "BipedalWalker-v3": {"SB3 zoo, 5M steps": 299.8}},
     ),
@@ -718,6 +719,7 @@ CLAIMS += [
             }
         },
         {"ALE/Pong-v5": 17},
+        measures=("return", "training return", "last tenth"),
         seeds=1,
         published={"ALE/Pong-v5": {"SB3 zoo (v4)": 17.3, "SLM-Lab": 10.2}},
     ),

@@ -3,7 +3,7 @@
 The flags are those that its authors publish for the task. One thread, on the CPU.
 
 pip install -e ".[bench,mujoco,box2d]"
-python experiments/peers.py --algorithm sac --env-id Hopper-v5 --total-timesteps 100000 --run-dir runs/sb3
+python experiments/peers.py --algorithm sac --env-id Hopper-v5 --total-timesteps 100000
 """
 
 import csv
@@ -45,7 +45,7 @@ class Options:
     algorithm: Literal["a2c", "ppo", "sac"] = "sac"
     """which of Stable-Baselines3's"""
     run_dir: str = ""
-    """folder to write, which must not exist"""
+    """folder to write, which must not exist; by default runs/sb3_..., named after algorithm, environment and seed"""
     resume: str = ""
     """folder of a run to go on with from its last checkpoint, with its flags; not exactly, as SB3 cannot"""
     env_id: str = "HalfCheetah-v5"
@@ -68,16 +68,15 @@ def main(options: Options):
     from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-    if not (options.run_dir or options.resume):
-        sys.exit("Give --run-dir or --resume.")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # changes its speed, not its returns
-    folder, resumed, rows, before = Path(options.resume or options.run_dir), bool(options.resume), [], 0.0
+    script, resumed, rows, before = f"sb3_{options.algorithm}", bool(options.resume), [], 0.0
+    folder = Path(options.resume or options.run_dir or f"runs/{script}__{options.env_id}__{options.seed}")
     checkpoint, buffer, normal, metrics = (
         folder / f for f in ("checkpoint.pt", "buffer.pkl", "vec.pkl", "metrics.csv")
     )
     if resumed:
-        options = Options(**json.loads((folder / "args.json").read_text()))
+        options = Options(**{k: v for k, v in json.loads((folder / "args.json").read_text()).items() if k != "script"})
     algorithm = getattr(stable_baselines3, options.algorithm.upper())
     if (task := (options.algorithm, options.env_id.partition("-")[0])) not in FLAGS:
         sys.exit(f"There are flags for {', '.join(map(' '.join, FLAGS))}, and not for {' '.join(task)}.")
@@ -100,7 +99,7 @@ def main(options: Options):
         before = float(rows[-1][1]) if rows else 0.0
     else:
         folder.mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps(asdict(options), indent=2))
+        (folder / "args.json").write_text(json.dumps({"script": script} | asdict(options), indent=2))
         model = algorithm("MlpPolicy", envs, seed=options.seed, device="cpu", **flags)
     saved = [(model.save, checkpoint)]  # the last to be written: a folder that has it is whole
     saved += [(envs.save, normal)] if normalize else []
@@ -142,6 +141,7 @@ def main(options: Options):
         "eval_episodes": len(returns),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"greedy return {results['eval_return_mean']:.1f}, run folder {folder}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from experiments.runner import (
     sample,
 )  # fmt: skip
 
-BY_CHANCE = {5: 0.07, 10: 0.04}  # seeds -> share of intervals of a difference without 0, of values that are alike
+BY_CHANCE = {5: 0.07, 10: 0.05}  # seeds -> share of intervals of a difference without 0, of values that are alike
 
 
 def cell(values: list[float]) -> str:
@@ -66,8 +66,7 @@ def block(claim, data: Path) -> str:
     notes = [seeds_in_words(runs)]
     if (there := len(jobs.keys() & {key(run) for run in runs})) < len(jobs):
         notes.append(f"so far {there} of {len(jobs)} runs")
-    codes = {job.key[:2]: code_version(job) for job in jobs_of(claim, 1)}
-    if old := sum(run["code"] != codes[key(run)[:2]] for run in runs if key(run) in jobs):
+    if old := by_earlier_code(claim, runs):
         notes.append(f"{counted(old, 'run')} by earlier code")
     counts = count_answers([answer for *_, answer in answers])
     more = [f"{counted(round(sum(seconds_of(runs)) / 60), 'minute')} of training."]
@@ -81,6 +80,12 @@ def block(claim, data: Path) -> str:
         return "\n".join([*lines, f"{expected}. {more}"])
     table = [*in_rows(expectations(others)), ""]
     return "\n".join([*lines, f"<details><summary>{expected}</summary>", "", *table, more, "</details>"])
+
+
+def by_earlier_code(claim, runs: list[dict]) -> int:
+    """How many runs today's code would not make."""
+    codes, declared = {job.key[:2]: code_version(job) for job in jobs_of(claim, 1)}, {job.key for job in jobs_of(claim)}
+    return sum(run["code"] != codes[key(run)[:2]] for run in runs if key(run) in declared)
 
 
 def expectations(answers: list[tuple]) -> list[list]:
@@ -111,7 +116,8 @@ def rows_of(claim, runs: list[dict], answers: list[tuple]) -> list[list]:
         + ["aim"] * bool(aims)
     ]
     for task, rows in claim.tasks.items():
-        shown = ""
+        steps, shown = set(re.findall(r"--total-timesteps (\d+)", " ".join(rows.values()))), ""
+        title = f"{task}, {int(*steps):,} steps" if claim.page == "results.md" and len(steps) == 1 else task
         for row in (row for row in rows if not row.endswith(RATES)):
             three = [row, *(row + rate for rate in RATES if rated)]
             cells = [cell(sample(runs, task, each, first)) for each in three]
@@ -122,7 +128,7 @@ def rows_of(claim, runs: list[dict], answers: list[tuple]) -> list[list]:
                 cells.append(f"{', '.join(map(str, failed))} of {len(returns[0])}" if failed else "")
             if any(cells):
                 cells += [aims.get((task, row), "")] * bool(aims)
-                table.append(["" if task == shown else task, row, *cells])
+                table.append(["" if task == shown else title, row, *cells])
                 shown = task
     return table
 
@@ -168,12 +174,12 @@ def overview(claims, data: Path) -> str:
             [
                 f"[{claim.name}](#{slug(heading(claim))})",
                 claim.finding,
-                counts,
+                counts + " †" * bool(by_earlier_code(claim, runs)),
                 seeds,
                 round(sum(seconds_of(runs)) / 60),
             ]
         )
-    lines = in_rows(table) + ["", f"All {len(answers)} answers: {count_answers(answers)}."]
+    lines = in_rows(table) + ["", f"All {len(answers)} answers: {count_answers(answers)}. †: in part by earlier code."]
     lines.append(f"If no two rows differed, chance alone would answer about {by_chance:.0f} of them with yes or no.")
     return "\n".join(lines)
 
@@ -237,5 +243,5 @@ def shown(claim) -> str:
     lines = [f"{claim.name:14} {claim.decisions:16} {claim.sentence}"]
     for task, rows in claim.tasks.items():
         for row, command in rows.items():
-            lines += [f"    # {task}, {row}" if row else f"    # {task}", f"    {called(command)}"]
+            lines += [f"    # {task}, {row}" if row else f"    # {task}", f"    {called(command)} --seed {FIRST_SEED}"]
     return "\n".join(lines)
