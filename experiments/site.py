@@ -248,6 +248,7 @@ def pages() -> dict[str, tuple[str, str, str]]:
         html = head + linked(document(claim["text"].partition("\n")[2]))
         made[f"claim-{claim['name']}"] = claim["title"], "doc board claim", html
     made |= {name: (re.match("# (.*)", text)[1], "doc", linked(document(text))) for name, text in docs.items()}
+    made["results"] = made["results"][0], "doc board", made["results"][2]
     intro = re.sub(r"<!-- overview.*", "", parts[0].partition("\n")[2], flags=re.DOTALL)
     rest = document("".join(part for part in parts[1:] if "<!-- end of" not in part))
     made["claims"] = "Claims", "doc board", dashboard(claims, document(intro), rest)
