@@ -145,8 +145,8 @@ def commands(claim, data: Path) -> str:
     runs, made = runs_of(claim, data), {}  # circumstances -> tasks
     for run in runs:
         made.setdefault((run["processor"], run["versions"], run["commit"], run["date"]), {})[run["task"]] = None
-    lines = [f"{called(run['command'])} --seed {run['seed']}" for run in runs if int(run["seed"]) == FIRST_SEED]
-    lines = lines or [f"{called(job.command)} --seed {job.seed}" for job in jobs_of(claim, 1)]
+    lines = [called(run["command"]) for run in runs if int(run["seed"]) == FIRST_SEED]
+    lines = lines or [called(job.command) for job in jobs_of(claim, 1)]
     return "\n".join([*lines, "", *(f"{'; '.join(tasks)}: {', '.join(each)}" for each, tasks in sorted(made.items()))])
 
 
@@ -235,7 +235,8 @@ def report(claims, data: Path, folder: Path, note: str = ""):
 
 
 def called(command: str) -> str:
-    return f"python {'' if shlex.split(command)[0].endswith('.py') else '-m '}{command}"
+    """For the command line, with the first seed."""
+    return f"python {'' if shlex.split(command)[0].endswith('.py') else '-m '}{command} --seed {FIRST_SEED}"
 
 
 def shown(claim) -> str:
@@ -243,5 +244,5 @@ def shown(claim) -> str:
     lines = [f"{claim.name:14} {claim.decisions:16} {claim.sentence}"]
     for task, rows in claim.tasks.items():
         for row, command in rows.items():
-            lines += [f"    # {task}, {row}" if row else f"    # {task}", f"    {called(command)} --seed {FIRST_SEED}"]
+            lines += [f"    # {task}, {row}" if row else f"    # {task}", f"    {called(command)}"]
     return "\n".join(lines)
