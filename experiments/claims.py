@@ -58,6 +58,10 @@ LANDER = (
 LUNAR = f"{A2C} {LANDER} 1000000"
 SHARED = {f"shared, c = {c}": f"--network shared --value-coef {c}" for c in (0.05, 0.25, 0.5, 2)}
 PONG = "--env-id ALE/Pong-v5 --optimizer adam --actor-lr 5e-4 --max-grad-norm 0.5 --compile --total-timesteps"
+FRAMES = (
+    "--network shared --rmsprop-eps 1e-8 --actor-lr 3e-4 --no-lr-decay --gae-lambda 0.8 --value-coef 0.25 "
+    "--max-grad-norm 0.5"
+)
 TRUNK = "trunk_actor_grad", "trunk_critic_grad", "trunk_grad_cosine"
 STEPS = "--total-timesteps 200000"
 SLOW = "--env-id experiments.uneven:SlowCartPole-v0 --total-timesteps 60000 --eval-episodes 1 --checkpoint-every 60000"
@@ -713,9 +717,10 @@ CLAIMS += [
         {
             "ALE/Pong-v5": {
                 "a2c_sync.py, ten million steps": f"{PLAIN} {PONG} 10000000 --network shared",
-                "a3c_async.py, six million steps": f"{A3C} --env-id ALE/Pong-v5 --num-envs 16 --network shared "
-                "--rmsprop-eps 1e-8 --actor-lr 3e-4 --no-lr-decay --gae-lambda 0.8 --value-coef 0.25 "
-                "--max-grad-norm 0.5 --total-timesteps 6000000",
+                "a2c_sync.py, six million steps": f"{PLAIN} --env-id ALE/Pong-v5 --num-envs 4 {FRAMES} --compile "
+                "--total-timesteps 6000000",
+                "a3c_async.py, six million steps": f"{A3C} --env-id ALE/Pong-v5 --num-envs 16 {FRAMES} "
+                "--total-timesteps 6000000",
             }
         },
         {"ALE/Pong-v5": 17},
