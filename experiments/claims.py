@@ -282,7 +282,7 @@ CLAIMS = [
             Expect("V, weighted", "Q, fresh actions", margin=25),
             Expect("Q, weighted", "Q, fresh actions", margin=25),
         ],
-        finding="Clipped weights take the naive actor with Q from 70.2 to 500, and with V from 37.3 to 500.",
+        finding="Clipped weights take the naive actor with Q from 70.1 to 497, and with V from 37 to 500.",
     ),
     Claim(
         "samples",
